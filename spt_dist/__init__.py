@@ -1,0 +1,29 @@
+"""spt_dist: distributed, sensitivity-aware, parameter-efficient fine-tuning of vision Transformers."""
+
+from spt_dist.compat import declare_torchvision_ops
+
+declare_torchvision_ops()
+
+from spt_dist.allocation.allocate import allocate  # noqa: E402
+from spt_dist.allocation.plan import Plan  # noqa: E402
+from spt_dist.errors import UserError  # noqa: E402
+from spt_dist.sensitivity.estimator import estimate_sensitivity  # noqa: E402
+from spt_dist.sensitivity.scores import Scores  # noqa: E402
+from spt_dist.tuning.delta import load_delta, save_delta  # noqa: E402
+from spt_dist.tuning.inject import inject, print_trainable_parameters, trainable_parameters  # noqa: E402
+from spt_dist.tuning.merge import merge  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = [
+    "Plan",
+    "Scores",
+    "UserError",
+    "allocate",
+    "estimate_sensitivity",
+    "inject",
+    "load_delta",
+    "merge",
+    "print_trainable_parameters",
+    "save_delta",
+    "trainable_parameters",
+]

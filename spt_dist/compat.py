@@ -1,0 +1,43 @@
+"""Work-arounds for the libraries below us, each with its reason."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+_TORCHVISION_OPS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+# A Library un-registers its operators when it is collected, so it has to outlive the import of torchvision.
+_torchvision_library: torch.library.Library | None = None
+
+
+def declare_torchvision_ops() -> None:
+    """Make ``import torchvision`` (hence timm) work beside a CPU build of torch.
+
+    torchvision's wheel on PyPI is built for CUDA; with a CPU torch its extension does not load, and its
+    registration of fake kernels for ``nms`` and ``qnms`` then fails at import. Declaring the two schemas is
+    enough: calling the operators still raises torchvision's own clear error. No-op where the extension loads.
+    """
+    global _torchvision_library
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None or _torchvision_library is not None:
+        return
+    try:
+        torch.ops.load_library(str(Path(spec.origin).with_name("_C.so")))
+    except OSError:
+        _torchvision_library = torch.library.Library("torchvision", "FRAGMENT")
+        for schema in _TORCHVISION_OPS:
+            _torchvision_library.define(schema)
+
+
+def forbid_deepspeed_cpu_kernels() -> None:
+    """Keep DeepSpeed from compiling C++ at start-up on machines without an accelerator.
+
+    ``deepspeed.init_distributed`` builds a shared-memory all-reduce on every CPU run: 38 s the first time, and a
+    crash where ninja or g++ are missing. Gloo does the job.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
