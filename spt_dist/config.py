@@ -1,0 +1,224 @@
+"""Configs: mmengine files with ``_base_`` and ``--cfg-options``, checked against typed sections.
+
+A section is a dataclass; a key it does not have is refused with the nearest one it has. The sections ``data`` and
+``method`` are open in their ``type``: the other keys are the arguments of the function that the type names.
+"""
+
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from spt_dist.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The backbone. See ``models.classifier.build_classifier``."""
+
+    name: str
+    num_classes: int
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityConfig:
+    """Stage 1.
+
+    Attributes:
+        num_samples: how many training samples are scored (a seeded choice).
+        batch_size: samples in one pass, on each rank.
+        criterion: "per_sample" or "batch".
+        train_mode: score with dropout and drop-path active.
+        scores: folder of saved scores to use instead of a pass.
+    """
+
+    num_samples: int = 800
+    batch_size: int = 32
+    criterion: str = "per_sample"
+    train_mode: bool = False
+    scores: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The schedule.
+
+    Attributes:
+        epochs: passes over the training samples.
+        batch_size: samples in one step over all ranks together.
+        lr: peak learning rate of AdamW.
+        min_lr: learning rate at the end of the cosine.
+        warmup_epochs: linear warm-up from ``warmup_lr``.
+        warmup_lr: learning rate of the first step.
+        weight_decay: on matrices; vectors, single weights and tokens are never decayed.
+        clip_norm: largest norm of the gradient; ``None`` for no clipping.
+        eval_interval: epochs between two evaluations; the last epoch is always evaluated.
+        checkpoint_interval: epochs between two checkpoints.
+        keep_checkpoints: how many of the last checkpoints are kept.
+    """
+
+    epochs: int
+    batch_size: int = 64
+    lr: float = 1e-3
+    min_lr: float = 1e-5
+    warmup_epochs: float = 0
+    warmup_lr: float = 1e-6
+    weight_decay: float = 1e-4
+    clip_norm: float | None = None
+    eval_interval: int = 10
+    checkpoint_interval: int = 5
+    keep_checkpoints: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How training is spread over ranks.
+
+    Attributes:
+        type: "ddp" or "deepspeed".
+        zero_stage: 0, 1 or 2 (deepspeed only).
+        amp: run the forward pass under bfloat16 autocast.
+    """
+
+    type: str = "ddp"
+    zero_stage: int = 2
+    amp: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run. ``data`` and ``method`` hold a ``type`` and the arguments of what it names."""
+
+    model: ModelConfig
+    data: dict[str, Any]
+    method: dict[str, Any]
+    train: TrainConfig
+    sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    seed: int = 0
+    work_dir: str = ""
+
+
+def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read a config file and check it.
+
+    Args:
+        path: a Python config as mmengine reads it.
+        options: ``--cfg-options``: dotted keys and their values, taking precedence over the file.
+
+    Raises:
+        UserError: no such file; it can't be read; an unknown key; a value of the wrong type or out of range.
+    """
+    from mmengine.config import Config
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such config file; configs/ holds some to start from")
+    try:
+        content = Config.fromfile(str(path))
+        content.merge_from_dict(dict(options or {}))
+    # A config is a program: whatever it raises is a mistake in it, to be reported with the file's name.
+    except Exception as error:
+        raise UserError(f"{path}: can't be read as a config ({type(error).__name__}: {error})") from error
+    values = content.to_dict()
+    values["work_dir"] = values.get("work_dir") or f"work_dirs/{path.stem}"
+    config: RunConfig = _build(RunConfig, values, "")
+    _check_ranges(config)
+    return config
+
+
+def check_arguments(
+    function: Callable[..., Any], options: Mapping[str, Any], section: str, own: Iterable[str] = ()
+) -> None:
+    """Check the keys of an open section against the arguments of the function they go to.
+
+    Args:
+        function: what ``options`` will be passed to.
+        options: the section's keys and values.
+        section: its name, for the error.
+        own: leading arguments of the function that do not come from the config.
+
+    Raises:
+        UserError: an unknown key, or a required one that is missing.
+    """
+    parameters = {name: value for name, value in inspect.signature(function).parameters.items() if name not in set(own)}
+    for key in options:
+        if key not in parameters:
+            raise _unknown(f"{section}.{key}", key, parameters)
+    for name, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and name not in options:
+            raise UserError(f"config: {section}.{name} is missing")
+
+
+def lookup(kind: str, name: Any, known: Mapping[str, Any]) -> Any:
+    """``known[name]``, or an error that names the nearest known one."""
+    if name not in known:
+        raise _unknown(f"{kind}={name!r}", str(name), known)
+    return known[name]
+
+
+def _build(section: Any, values: Any, prefix: str) -> Any:
+    """Make the dataclass ``section`` from nested dicts."""
+    if not isinstance(values, dict):
+        raise UserError(f"config: {prefix.rstrip('.')} has to be a dict, not {values!r}")
+    hints = typing.get_type_hints(section)
+    for key in values:
+        if key not in hints:
+            raise _unknown(prefix + key, key, hints)
+    for item in fields(section):
+        if item.name not in values and not _has_default(item):
+            raise UserError(f"config: {prefix}{item.name} is missing")
+    return section(**{key: _convert(hints[key], value, prefix + key) for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    if hasattr(hint, "__dataclass_fields__"):
+        return _build(hint, value, name + ".")
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    plain = tuple(typing.get_origin(kind) or kind for kind in allowed)
+    if float in plain and type(value) is int:
+        return float(value)
+    # bool is a subclass of int, but `epochs=True` is a mistake.
+    if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
+        wanted = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in plain)
+        raise UserError(f"config: {name}={value!r} has to be {wanted}")
+    return value
+
+
+def _has_default(item: Any) -> bool:
+    from dataclasses import MISSING
+
+    return item.default is not MISSING or item.default_factory is not MISSING
+
+
+def _check_ranges(config: RunConfig) -> None:
+    train, sensitivity = config.train, config.sensitivity
+    at_least_one = {
+        "model.num_classes": config.model.num_classes,
+        "train.epochs": train.epochs,
+        "train.batch_size": train.batch_size,
+        "train.eval_interval": train.eval_interval,
+        "train.checkpoint_interval": train.checkpoint_interval,
+        "train.keep_checkpoints": train.keep_checkpoints,
+        "sensitivity.num_samples": sensitivity.num_samples,
+        "sensitivity.batch_size": sensitivity.batch_size,
+    }
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise UserError(f"config: {name}={value} has to be at least 1")
+    for name in ("data", "method"):
+        if "type" not in getattr(config, name):
+            raise UserError(f"config: {name}.type is missing")
+
+
+def _unknown(where: str, key: str, known: Iterable[str]) -> UserError:
+    known = list(known)
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    return UserError(f"config: {where} is unknown; {hint}")

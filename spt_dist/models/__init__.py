@@ -1,0 +1,1 @@
+"""Models: timm classifiers, pre-trained checkpoints, and the inventory of their weights."""

@@ -1,0 +1,44 @@
+"""Building a timm image classifier from a config."""
+
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from spt_dist.errors import UserError
+from spt_dist.models.checkpoints import load_backbone
+
+
+def build_classifier(
+    name: str, num_classes: int, kwargs: dict[str, Any] | None = None, checkpoint: str | None = None, seed: int = 0
+) -> nn.Module:
+    """Build a timm model, load its backbone and give it a fresh head.
+
+    Args:
+        name: timm's model name.
+        num_classes: outputs of the head.
+        kwargs: further arguments of ``timm.create_model`` (``img_size``, ``patch_size``, ``embed_dim`` ...).
+        checkpoint: pre-trained backbone, see ``load_backbone``; ``None`` leaves the random initialisation.
+        seed: for the random initialisation, the head's included; the same on every rank gives the same model.
+
+    Returns:
+        The model in training mode, fp32, on the CPU.
+
+    Raises:
+        UserError: timm knows no such model or refuses an argument, or the checkpoint does not fit.
+    """
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name.split('_')[0]}*")[:3]
+        raise UserError(
+            f"model.name={name!r}: timm has no such model; some it has: {', '.join(close) or 'see timm.list_models()'}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = timm.create_model(name, num_classes=num_classes, **(kwargs or {}))
+        except TypeError as error:
+            raise UserError(f"model.kwargs={kwargs!r}: {error}") from error
+    if checkpoint is not None:
+        load_backbone(model, checkpoint)
+    return model

@@ -1,0 +1,30 @@
+"""A short name for the exact weights of a backbone."""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from spt_dist.models.matrices import find_head
+
+
+def fingerprint(model: nn.Module, ignore: Iterable[str] = ()) -> str:
+    """SHA-256 over names, dtypes, shapes and values of everything in the state dict but the head.
+
+    Args:
+        model: the backbone, with or without a head, on any device.
+        ignore: further names to leave out.
+
+    Returns:
+        64 hexadecimal digits. Equal for a model and its copy loaded from a file.
+    """
+    head = find_head(model)
+    ignored = set(ignore)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name in ignored or (head and name.startswith(head + ".")):
+            continue
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
