@@ -1,0 +1,1 @@
+"""Stage 1: how sensitive the task's loss is to each weight, and which weights are the most sensitive."""

@@ -1,0 +1,112 @@
+"""The score buffer: one flat index space over all eligible weights, owned in equal contiguous parts by the ranks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def get_rank() -> int:
+    """This rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """Sum ``tensor`` over the ranks, in place; returns it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@dataclass(frozen=True)
+class FlatIndex:
+    """Where each named tensor lies in the flat index space: ``names[k]`` fills ``offsets[k] .. offsets[k+1]``."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """``len(names) + 1`` positions; the last is the total number of weights."""
+        return (0, *accumulate(prod(shape) for shape in self.shapes))
+
+    @property
+    def total(self) -> int:
+        """Number of weights in all."""
+        return self.offsets[-1]
+
+    @cached_property
+    def position(self) -> dict[str, int]:
+        """Name -> its place in ``names``."""
+        return {name: place for place, name in enumerate(self.names)}
+
+
+@dataclass(frozen=True)
+class ScoreShard:
+    """This rank's part of the scores.
+
+    Attributes:
+        index: the flat index space.
+        start: the first flat position owned by this rank.
+        values: fp32, the scores of ``start .. start + len(values)``; shorter, even empty, on the last ranks.
+    """
+
+    index: FlatIndex
+    start: int
+    values: Tensor
+
+    def segments(self) -> Iterator[tuple[int, slice, int]]:
+        """The named tensors that this rank owns a part of.
+
+        Yields:
+            ``(place, part, first)``: the name's place in the index, the slice of ``values`` that belongs to it, and
+            the position within the named tensor of the slice's first element.
+        """
+        stop = self.start + len(self.values)
+        for place, (low, high) in enumerate(zip(self.index.offsets, self.index.offsets[1:], strict=False)):
+            first, last = max(low, self.start), min(high, stop)
+            if first < last:
+                yield place, slice(first - self.start, last - self.start), first - low
+
+    def gather(self, name: str) -> Tensor:
+        """The whole named tensor on every rank, fp32 in its own shape. Collective."""
+        place = self.index.position[name]
+        whole = torch.zeros(prod(self.index.shapes[place]), dtype=self.values.dtype, device=self.values.device)
+        for other, part, first in self.segments():
+            if other == place:
+                whole[first : first + part.stop - part.start] = self.values[part]
+        return all_sum(whole).view(self.index.shapes[place])
+
+
+def shard_bounds(total: int, num_shards: int, shard: int) -> tuple[int, int]:
+    """``(start, stop)`` of one of ``num_shards`` equal contiguous parts of ``total`` positions."""
+    size = -(-total // num_shards)
+    return min(shard * size, total), min((shard + 1) * size, total)
+
+
+def reduce_to_shard(index: FlatIndex, local: Tensor) -> ScoreShard:
+    """Sum the ranks' local score buffers and keep this rank's part.
+
+    Args:
+        index: the flat index space.
+        local: ``(index.total,)`` fp32, this rank's sums over its own samples.
+    """
+    size = world_size()
+    start, stop = shard_bounds(index.total, size, get_rank())
+    if size == 1:
+        return ScoreShard(index, 0, local)
+    length = -(-index.total // size)
+    padded = torch.nn.functional.pad(local, (0, length * size - index.total))
+    part = torch.empty(length, dtype=local.dtype, device=local.device)
+    dist.reduce_scatter_single(part, padded)
+    return ScoreShard(index, start, part[: stop - start].clone())
