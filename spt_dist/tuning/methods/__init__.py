@@ -1,0 +1,19 @@
+"""The methods that a config may name, one file each: a function that makes a plan for a model."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from spt_dist.allocation.plan import Plan
+from spt_dist.tuning.methods.full import plan_full
+from spt_dist.tuning.methods.linear import plan_linear
+from spt_dist.tuning.methods.lora import plan_lora
+
+PlanMaker = Callable[..., Plan]
+# SPT is not among them: its plan needs scores, which `allocate` turns into one.
+PLAN_MAKERS: dict[str, PlanMaker] = {"linear": plan_linear, "lora": plan_lora, "full": plan_full}
+
+
+def make_plan(method: str, model: nn.Module, **options: object) -> Plan:
+    """The plan of a method that needs no scores ("linear", "lora", "full")."""
+    return PLAN_MAKERS[method](model, **options)
