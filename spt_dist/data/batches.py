@@ -1,0 +1,80 @@
+"""Dealing samples out to ranks so that a global batch does not depend on how many there are."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's part of one global batch.
+
+    Attributes:
+        inputs: ``(B, ...)``.
+        targets: ``(B,)``.
+        weights: fp32 ``(B,)``: 1 for a sample, 0 for one that only fills up the rank's part.
+        num_global: samples of the global batch, over all ranks.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    weights: Tensor
+    num_global: int
+
+
+@dataclass(frozen=True)
+class GlobalBatches:
+    """The order in which samples are visited: the same global batches for every number of ranks.
+
+    Every rank gets equally many samples in each step; where a batch does not divide evenly, the last ranks get a
+    repeated sample of weight 0, so that all ranks run the same number of passes of the same size.
+
+    Attributes:
+        num_samples: size of the data set.
+        batch_size: samples in a global batch; the last of an epoch may be smaller.
+        rank, world_size: which part is dealt.
+        seed: of the shuffling, which differs from epoch to epoch; ``None`` for file order.
+    """
+
+    num_samples: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    seed: int | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of global batches in an epoch."""
+        return -(-self.num_samples // self.batch_size)
+
+    def deal(self, epoch: int = 0, first_step: int = 0) -> Iterator[tuple[list[int], list[float], int]]:
+        """This rank's ``(indices, weights, size of the global batch)`` for each step from ``first_step`` on."""
+        order = list(range(self.num_samples))
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            order = torch.randperm(self.num_samples, generator=generator).tolist()
+        for step in range(first_step, self.steps_per_epoch):
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            mine = batch[self.rank :: self.world_size]
+            padding = -(-len(batch) // self.world_size) - len(mine)
+            yield mine + batch[:1] * padding, [1.0] * len(mine) + [0.0] * padding, len(batch)
+
+
+def load_batches(
+    dataset: Dataset[Any], batches: Iterable[tuple[list[int], list[float], int]], device: torch.device
+) -> Iterator[Batch]:
+    """Read the samples of each batch.
+
+    Args:
+        dataset: an item is ``(input, target)``.
+        batches: from ``GlobalBatches.deal``.
+        device: where the tensors go.
+    """
+    dealt = list(batches)
+    loader = DataLoader(dataset, batch_sampler=[indices for indices, _, _ in dealt])
+    for (inputs, targets), (_, weights, num_global) in zip(loader, dealt, strict=True):
+        yield Batch(inputs.to(device), targets.to(device), torch.tensor(weights, device=device), num_global)

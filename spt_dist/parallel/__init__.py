@@ -1,0 +1,1 @@
+"""Process groups under any launcher, engines, and checkpoints."""

@@ -1,0 +1,121 @@
+"""Finding rank, world size and address under any launcher, and joining the process group."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from spt_dist.errors import UserError
+
+# Launcher -> where it keeps (rank, world size, rank within the node).
+_LAUNCHER_VARIABLES = {
+    "torchrun or deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+}
+
+
+@dataclass(frozen=True)
+class LaunchEnvironment:
+    """What a launcher tells one of its processes.
+
+    Attributes:
+        rank, world_size, local_rank: as in ``torch.distributed``.
+        local_world_size: processes on this node, as far as the launcher tells.
+        address, port: where rank 0 listens.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    address: str = "127.0.0.1"
+    port: int = 29500
+
+
+def read_environment(variables: Mapping[str, str] | None = None) -> LaunchEnvironment:
+    """Read the launcher's variables; a single process where there are none.
+
+    Raises:
+        UserError: a variable is missing beside its fellows, no number, or out of range.
+    """
+    variables = os.environ if variables is None else variables
+    for launcher, names in _LAUNCHER_VARIABLES.items():
+        present = [name for name in names[:2] if name in variables]
+        # An sbatch script's own environment has SLURM_NTASKS without SLURM_PROCID: no task of srun, one process.
+        if len(present) == 2:
+            return _read(launcher, names, variables)
+        if launcher.startswith("torchrun") and present:
+            missing = next(name for name in names if name not in variables)
+            raise UserError(
+                f"environment: {present[0]} is set but {missing} is not; start through a launcher or unset it"
+            )
+    return LaunchEnvironment()
+
+
+@contextmanager
+def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[LaunchEnvironment]:
+    """Join the process group for the length of the block; every rank on its device.
+
+    The group exists for a single process too: DeepSpeed wants one. It is NCCL where every rank has a GPU of its
+    own, gloo elsewhere. Threads are shared out among the ranks of a node where the launcher left that open.
+    """
+    environment = read_environment()
+    # DeepSpeed reads these itself, and not every launcher sets them.
+    os.environ.update(
+        RANK=str(environment.rank),
+        WORLD_SIZE=str(environment.world_size),
+        LOCAL_RANK=str(environment.local_rank),
+        MASTER_ADDR=environment.address,
+        MASTER_PORT=str(environment.port),
+    )
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // environment.local_world_size))
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(environment.local_rank % torch.cuda.device_count())
+    backend = "nccl" if on_gpu and environment.local_world_size <= torch.cuda.device_count() else "gloo"
+    if environment.world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, init_method="env://", timeout=timeout)
+    try:
+        yield environment
+    finally:
+        # Leaving without this aborts now and then inside gloo's threads.
+        dist.destroy_process_group()
+
+
+def local_device() -> torch.device:
+    """The device of this rank: its GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _read(launcher: str, names: tuple[str, str, str], variables: Mapping[str, str]) -> LaunchEnvironment:
+    values = []
+    for name in names:
+        text = variables.get(name, "0")
+        if not text.isdecimal():
+            raise UserError(f"environment: {name}={text!r} (set by {launcher}) is no number")
+        values.append(int(text))
+    rank, world_size, local_rank = values
+    if not rank < world_size:
+        raise UserError(f"environment: {names[0]}={rank} is not below {names[1]}={world_size}")
+    local_size = next((variables[name] for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in variables), "1")
+    nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST")
+    address = variables.get("MASTER_ADDR") or (_first_host(nodes) if nodes else "127.0.0.1")
+    job = int(variables.get("SLURM_JOB_ID", "9500"))
+    port = int(variables.get("MASTER_PORT", 20000 + job % 20000))
+    return LaunchEnvironment(rank, world_size, local_rank, int(local_size), address, port)
+
+
+def _first_host(nodes: str) -> str:
+    """``gpu[03-06,9],cpu1`` -> ``gpu03``."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
+    assert match is not None
+    return match[1] + (match[2] or "")

@@ -1,0 +1,229 @@
+"""A whole run from a config: model, sensitivity, plan, training, task file."""
+
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+from spt_dist.allocation.allocate import allocate
+from spt_dist.allocation.plan import Plan
+from spt_dist.config import RunConfig, check_arguments, lookup
+from spt_dist.data.batches import GlobalBatches, load_batches
+from spt_dist.data.task import Task
+from spt_dist.data.tasks import build_task
+from spt_dist.errors import UserError
+from spt_dist.files import save_tensors, write_text
+from spt_dist.models.classifier import build_classifier
+from spt_dist.parallel.checkpoints import Checkpoint, find_checkpoint, load_checkpoint
+from spt_dist.parallel.engines import OptimizerSettings, build_engine, check_engine
+from spt_dist.parallel.launch import local_device
+from spt_dist.progress import progress_bar
+from spt_dist.sensitivity.estimator import estimate_sensitivity
+from spt_dist.sensitivity.scores import Scores
+from spt_dist.training.trainer import Trainer
+from spt_dist.tuning.delta import describe_delta
+from spt_dist.tuning.inject import inject, print_trainable_parameters
+from spt_dist.tuning.methods import PLAN_MAKERS, make_plan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves behind; ``summary.json`` in the work dir holds the same.
+
+    Attributes:
+        method: "spt", "lora", "linear" or "full".
+        num_trainable: trained parameters, head not counted.
+        backbone_size: weights of the backbone, head not counted.
+        num_head: parameters of the head.
+        top1: accuracy on the held-out samples, 0 to 1.
+        seconds_scoring, seconds_training: wall-clock time of the two stages.
+        task_file: path of the task file.
+        config: the config file.
+    """
+
+    method: str
+    num_trainable: int
+    backbone_size: int
+    num_head: int
+    top1: float
+    seconds_scoring: float
+    seconds_training: float
+    task_file: str
+    config: str
+
+
+def check_config(config: RunConfig) -> None:
+    """Everything about a config that can be refused before anything is built.
+
+    Raises:
+        UserError: an unknown engine, method or argument of a method.
+    """
+    check_engine(config.engine)
+    options = method_options(config)
+    if config.method["type"] == "spt":
+        check_arguments(allocate, options, "method", own=["scores"])
+    else:
+        maker = lookup("method.type", config.method["type"], {**PLAN_MAKERS, "spt": None})
+        check_arguments(maker, options, "method", own=["model"])
+
+
+def method_options(config: RunConfig) -> dict[str, Any]:
+    """The ``method`` section without its type."""
+    return {key: value for key, value in config.method.items() if key != "type"}
+
+
+def build_model(config: RunConfig) -> nn.Module:
+    """The pre-trained model with a fresh head, as the config says; the same on every rank."""
+    model = config.model
+    return build_classifier(model.name, model.num_classes, model.kwargs, model.checkpoint, config.seed)
+
+
+def score(config: RunConfig, model: nn.Module, task: Task) -> Scores:
+    """Stage 1 on a seeded choice of training samples, or saved scores. Collective.
+
+    Raises:
+        UserError: more samples are asked for than there are; or as ``estimate_sensitivity``.
+    """
+    wanted = config.sensitivity
+    if wanted.scores is not None:
+        return Scores.load(wanted.scores)
+    if wanted.num_samples > task.num_train:
+        raise UserError(
+            f"config: sensitivity.num_samples={wanted.num_samples}, but the task has {task.num_train} samples"
+        )
+    generator = torch.Generator().manual_seed(config.seed)
+    sample_ids = torch.randperm(task.num_train, generator=generator)[: wanted.num_samples].sort().values.tolist()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    # Each rank takes every world_size-th sample; batches are a rank's own, since their size does not matter here.
+    mine = sample_ids[rank::world_size]
+    dealt = [
+        ([mine[place] for place in places], weights, size)
+        for places, weights, size in GlobalBatches(len(mine), wanted.batch_size).deal()
+    ]
+    device = local_device()
+    with progress_bar("sensitivity", len(dealt), rank == 0) as bar:
+
+        def batches() -> Any:
+            for batch in load_batches(task.train, dealt, device):
+                yield batch.inputs, batch.targets
+                bar.advance()
+
+        return estimate_sensitivity(
+            model.to(device),
+            batches(),
+            F.cross_entropy,
+            wanted.criterion,
+            train_mode=wanted.train_mode,
+            sample_ids=sample_ids,
+        )
+
+
+def make_run_plan(config: RunConfig, model: nn.Module, task: Task) -> tuple[Plan, Scores | None]:
+    """The plan that the config's method makes for the model, and the scores if it needs any. Collective."""
+    options = method_options(config)
+    if config.method["type"] != "spt":
+        return make_plan(config.method["type"], model, **options), None
+    scores = score(config, model, task)
+    return allocate(scores, **options), scores
+
+
+def run_training(config: RunConfig, config_path: str, resume: str | None = None) -> RunResult:
+    """Run everything from a config to the task file. Collective; rank 0 writes.
+
+    Args:
+        config: the merged config.
+        config_path: where it came from, for the record.
+        resume: ``None``, "auto" or the path of a checkpoint.
+
+    Raises:
+        UserError: for whatever the user can mend.
+    """
+    check_config(config)
+    work_dir = Path(config.work_dir)
+    task = build_task(config.data, config.model.num_classes)
+    model = build_model(config)
+    checkpoint = _open_checkpoint(resume, work_dir)
+    started = time.perf_counter()
+    if checkpoint is None:
+        plan, scores = make_run_plan(config, model, task)
+        if scores is not None:
+            scores.save(work_dir / "scores")
+    else:
+        plan = checkpoint.plan
+    seconds_scoring = time.perf_counter() - started
+    # New modules start from the run's seed, so the loss curve does not depend on what was drawn before.
+    torch.manual_seed(config.seed)
+    tuned = inject(model, plan)
+    if checkpoint is not None and checkpoint.fingerprint != tuned.spt_fingerprint:
+        raise UserError(f"{checkpoint.path}: belongs to a backbone with other weights; check model.checkpoint")
+    if dist.get_rank() == 0:
+        plan.save(work_dir / "plan.safetensors")
+        print_trainable_parameters(tuned)
+    num_head = sum(tuned.get_parameter(name).numel() for name in plan.head)
+
+    started = time.perf_counter()
+    settings = OptimizerSettings(config.train.lr, config.train.weight_decay, config.train.clip_norm)
+    engine = build_engine(config.engine, tuned, settings, local_device())
+    trainer = Trainer(engine, task, config.train, config.seed, work_dir, local_device())
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    top1 = trainer.fit()
+    seconds_training = time.perf_counter() - started
+
+    task_file = work_dir / "task.safetensors"
+    values = engine.trainable_values()
+    result = RunResult(
+        method=plan.method,
+        num_trainable=plan.num_trainable,
+        backbone_size=plan.backbone_size,
+        num_head=num_head,
+        top1=top1,
+        seconds_scoring=seconds_scoring,
+        seconds_training=seconds_training,
+        task_file=str(task_file),
+        config=config_path,
+    )
+    if dist.get_rank() == 0:
+        save_tensors(task_file, *describe_delta(engine.module, values))
+        write_text(work_dir / "summary.json", json.dumps(asdict(result), indent=1))
+    dist.barrier()
+    return result
+
+
+def with_overrides(
+    config: RunConfig, work_dir: str | None = None, engine: str | None = None, amp: bool = False
+) -> RunConfig:
+    """The config with what the command line says about it."""
+    new_engine = replace(config.engine, type=engine or config.engine.type, amp=amp or config.engine.amp)
+    return replace(config, engine=new_engine, work_dir=work_dir or config.work_dir)
+
+
+def _open_checkpoint(resume: str | None, work_dir: Path) -> Checkpoint | None:
+    """The checkpoint to go on from. A fresh run puts those of an earlier one aside."""
+    directory = work_dir / "checkpoints"
+    if resume is None:
+        _put_aside(directory)
+        return None
+    path = find_checkpoint(resume, directory)
+    return None if path is None else load_checkpoint(path)
+
+
+def _put_aside(directory: Path) -> None:
+    """Rename an earlier run's checkpoints, so that they neither mix with the new ones nor are lost."""
+    if dist.get_rank() == 0 and directory.is_dir():
+        import shutil
+
+        previous = directory.with_name(directory.name + ".previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        directory.rename(previous)
+        logger.warning("%s held checkpoints; they are now in %s (use --resume to go on from them)", directory, previous)
+    dist.barrier()
