@@ -1,0 +1,1 @@
+engine = dict(type="ddp")

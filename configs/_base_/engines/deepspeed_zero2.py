@@ -1,0 +1,1 @@
+engine = dict(type="deepspeed", zero_stage=2)

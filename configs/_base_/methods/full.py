@@ -1,0 +1,2 @@
+# Full fine-tuning.
+method = dict(type="full")

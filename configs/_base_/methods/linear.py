@@ -1,0 +1,2 @@
+# Linear probe: the head alone.
+method = dict(type="linear")

@@ -1,0 +1,7 @@
+_base_ = [
+    "../_base_/models/demo_vit.py",
+    "../_base_/datasets/digits.py",
+    "../_base_/schedules/adamw_cosine.py",
+    "../_base_/engines/ddp.py",
+    "../_base_/methods/full.py",
+]

@@ -1,0 +1,98 @@
+"""What the scripts in this folder share: common options, logging, and how they end."""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import DictAction
+from rich.logging import RichHandler
+
+from spt_dist import UserError
+from spt_dist.config import RunConfig, load_config
+from spt_dist.parallel.launch import read_environment
+from spt_dist.training.pipeline import with_overrides
+
+EXIT_USER_ERROR = 2
+
+
+def make_parser(description: str, example: str) -> argparse.ArgumentParser:
+    """A parser whose ``--help`` ends with an example."""
+    return argparse.ArgumentParser(
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_config_options(parser: argparse.ArgumentParser, positional: bool = True) -> None:
+    """The config and the options that change it; the launchers' own too."""
+    if positional:
+        parser.add_argument("config", metavar="CONFIG", help="config file, see configs/")
+    else:
+        parser.add_argument("--config", required=True, metavar="CONFIG", help="the config the task was trained with")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        default={},
+        metavar="KEY=VALUE",
+        help="change values of the config",
+    )
+    # The deepspeed launcher puts --local_rank=N in front; rank and size come from the environment.
+    parser.add_argument("--local_rank", "--local-rank", dest="local_rank", type=int, help=argparse.SUPPRESS)
+
+
+def read_config(arguments: argparse.Namespace) -> RunConfig:
+    """The config with everything that the command line changes."""
+    config = load_config(arguments.config, arguments.cfg_options)
+    return with_overrides(
+        config,
+        getattr(arguments, "work_dir", None),
+        getattr(arguments, "engine", None),
+        getattr(arguments, "amp", False),
+    )
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call ``main``; a user's mistake becomes one line on rank 0 and exit status 2."""
+    try:
+        rank = read_environment().rank
+        start_logging(rank)
+        main()
+    except UserError as error:
+        # Every rank finds the same mistakes; one line is enough for all of them.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+
+
+def start_logging(rank: int) -> None:
+    """Log to the terminal on rank 0; the other ranks log warnings only."""
+    handler = RichHandler(show_path=False, omit_repeated_times=False, log_time_format="[%H:%M:%S]")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("spt_dist").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def existing_file(path: str, what: str) -> Path:
+    """``path`` if there is such a file.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; expected {what}")
+    return Path(path)
+
+
+def describe(values: dict[str, Any]) -> None:
+    """Print names and values, one a line, aligned."""
+    width = max(map(len, values))
+    for name, value in values.items():
+        print(f"{name:<{width}}  {value}")

@@ -1,0 +1,28 @@
+"""Fold a task file into its backbone: a plain timm checkpoint at no extra inference cost."""
+
+from _cli import add_config_options, describe, existing_file, make_parser, read_config, run
+from spt_dist import load_delta, merge
+from spt_dist.files import save_tensors
+from spt_dist.training.pipeline import build_model
+
+EXAMPLE = (
+    "python launch/merge.py work_dirs/digits_spt_lora/task.safetensors "
+    "--config configs/quickstart/digits_spt_lora.py --out merged.safetensors"
+)
+
+
+def main() -> None:
+    parser = make_parser(__doc__, EXAMPLE)
+    parser.add_argument("task", metavar="TASK", help="task file written by launch/train.py")
+    add_config_options(parser, positional=False)
+    parser.add_argument("--out", required=True, metavar="FILE", help="the merged state dict, safetensors")
+    arguments = parser.parse_args()
+    existing_file(arguments.task, "a task file written by launch/train.py")
+    config = read_config(arguments)
+    merged = merge(load_delta(build_model(config), arguments.task))
+    path = save_tensors(arguments.out, merged.state_dict(), {"kind": "merged", "model": config.model.name})
+    describe({"merged checkpoint": path, "parameters": f"{sum(p.numel() for p in merged.parameters()):,}"})
+
+
+if __name__ == "__main__":
+    run(main)
