@@ -19,7 +19,7 @@ class DDPEngine(Engine):
         self.replica: nn.Module = model
         if dist.is_initialized() and dist.get_world_size() > 1:
             # Buffers are indices that every rank derives from the same plan.
-            self.replica = DistributedDataParallel(model, broadcast_buffers=False)
+            self.replica = DistributedDataParallel(model, forward_sync_buffers=False)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
