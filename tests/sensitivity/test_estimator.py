@@ -1,0 +1,246 @@
+"""Stage 1 against a loop over single samples in float64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spt_dist import Scores, UserError, estimate_sensitivity
+from tests.models_for_tests import make_samples, make_vit, pick
+from tests.ranks import run_ranks
+from tests.sensitivity.oracle import one_by_one, relative_error, squared_gradients
+
+TOLERANCE = 2e-5
+
+
+def dense_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A loss on every token, as segmentation has: mean over samples and tokens of the cross-entropy."""
+    return F.cross_entropy(outputs.transpose(1, 2), targets.unsqueeze(1).expand(-1, outputs.shape[1]))
+
+
+def pooled_vit() -> nn.Module:
+    """A ViT whose head reads the mean of the patch tokens."""
+    return make_vit(global_pool="avg", class_token=False)
+
+
+def dense_vit() -> nn.Module:
+    """A ViT whose head is applied to each token."""
+    return make_vit(global_pool="")
+
+
+def assert_scores(scores: Scores, wanted: dict[str, Tensor], tolerance: float = TOLERANCE) -> None:
+    """Every scored tensor agrees with the oracle; k's bias, exactly insensitive, is rounding noise on both sides."""
+    top = max(float(value.max()) for value in wanted.values())
+    for name in scores.names:
+        expected = pick(wanted, name)
+        if name.endswith("attn.k.bias"):
+            assert float(scores[name].max()) < 1e-9 * top
+        else:
+            assert relative_error(scores[name], expected) < tolerance, name
+
+
+@pytest.mark.parametrize("make_model", [make_vit, pooled_vit, dense_vit])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_scores_equal_the_one_by_one_loop(make_model: Callable[[], nn.Module], reduction: str) -> None:
+    model = make_model()
+    images, labels = make_samples(7)
+    if make_model is dense_vit:
+
+        def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+            losses = torch.stack([dense_loss(o[None], t[None]) for o, t in zip(outputs, targets, strict=True)])
+            return {"mean": losses.mean(), "sum": losses.sum(), "none": losses}[reduction]
+
+    else:
+
+        def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(outputs, targets, reduction=reduction)
+
+    scores = estimate_sensitivity(model, [(images[:4], labels[:4]), (images[4:], labels[4:])], loss_fn)
+    assert scores.num_samples == 7
+    assert_scores(scores, one_by_one(model, images, labels, loss_fn))
+
+
+def test_dense_loss_with_its_own_mean() -> None:
+    model = dense_vit()
+    images, labels = make_samples(5)
+    scores = estimate_sensitivity(model, [(images, labels)], dense_loss)
+    assert_scores(scores, one_by_one(model, images, labels, dense_loss))
+
+
+def test_squared_batch_gradients_are_something_else() -> None:
+    """The tempting shortcut: square the gradient of a batch. It must not pass for per-sample squares."""
+    model = make_vit()
+    images, labels = make_samples(8)
+    scores = estimate_sensitivity(model, [(images, labels)], F.cross_entropy)
+    shortcut = squared_gradients(model, [(images, labels)], lambda o, t: F.cross_entropy(o, t, reduction="sum"))
+    with pytest.raises(AssertionError):
+        assert_scores(scores, shortcut, tolerance=0.05)
+
+
+def test_tokens_are_no_samples() -> None:
+    """The other tempting shortcut: treat each token as a sample, ``(d^2)^T (x^2)``."""
+    model = dense_vit()
+    images, labels = make_samples(6)
+    scores = estimate_sensitivity(model, [(images, labels)], dense_loss)
+    layer = model.get_submodule("blocks.1.mlp.fc1")
+    seen: dict[str, Tensor] = {}
+    layer.register_forward_hook(lambda _, args, output: seen.update(x=args[0].detach(), y=output))
+    outputs = model(images)
+    loss = sum(dense_loss(outputs[i : i + 1], labels[i : i + 1]) for i in range(6))
+    (grads,) = torch.autograd.grad(loss, seen["y"])
+    token_wise = grads.flatten(0, 1).square().mT @ seen["x"].flatten(0, 1).square()
+    right = one_by_one(model, images, labels, dense_loss)["blocks.1.mlp.fc1.weight"]
+    assert relative_error(scores["blocks.1.mlp.fc1.weight"], right) < TOLERANCE
+    assert relative_error(scores["blocks.1.mlp.fc1.weight"], token_wise.double()) > 0.05
+
+
+def test_batch_criterion_squares_the_mean_gradient_of_each_batch() -> None:
+    model = make_vit()
+    images, labels = make_samples(8)
+    batches = [(images[:4], labels[:4]), (images[4:], labels[4:])]
+    for loss_fn in (F.cross_entropy, lambda o, t: F.cross_entropy(o, t, reduction="sum")):
+        scores = estimate_sensitivity(model, batches, loss_fn, criterion="batch")
+        assert_scores(scores, squared_gradients(model, batches, F.cross_entropy))
+
+
+def test_key_bias_is_insensitive() -> None:
+    """Softmax does not change when every key is shifted alike, so k's bias has no influence at all."""
+    model = make_vit()
+    images, labels = make_samples(4)
+    wanted = one_by_one(model, images, labels, F.cross_entropy)
+    for block in range(2):
+        q, k, v = wanted[f"blocks.{block}.attn.qkv.bias"].chunk(3)
+        assert float(k.max()) < 1e-20 * float(v.max())
+
+
+def test_micro_batches_change_nothing() -> None:
+    model = make_vit()
+    images, labels = make_samples(7)
+    whole = estimate_sensitivity(model, [(images, labels)], F.cross_entropy)
+    split = estimate_sensitivity(model, [(images, labels)], F.cross_entropy, micro_batch=3)
+    assert split.num_samples == 7
+    for name in whole.names:
+        if not name.endswith("k.bias"):
+            assert relative_error(split[name], whole[name].double()) < TOLERANCE
+
+
+def test_bfloat16_autocast_is_close() -> None:
+    model = make_vit()
+    images, labels = make_samples(6)
+    exact = one_by_one(model, images, labels, F.cross_entropy)
+    scores = estimate_sensitivity(model, [(images, labels)], F.cross_entropy, dtype=torch.bfloat16)
+    assert scores["blocks.0.mlp.fc1.weight"].dtype == torch.float32
+    assert relative_error(scores["blocks.0.mlp.fc1.weight"], exact["blocks.0.mlp.fc1.weight"]) < 0.1
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = make_vit().train()
+    model.get_parameter("pos_embed").requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images, labels = make_samples(3)
+    estimate_sensitivity(model, [(images, labels)], F.cross_entropy)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["pos_embed"]
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_dropout_is_off_unless_asked_for() -> None:
+    model = make_vit(proj_drop_rate=0.5)
+    images, labels = make_samples(4)
+    first = estimate_sensitivity(model, [(images, labels)], F.cross_entropy)
+    again = estimate_sensitivity(model, [(images, labels)], F.cross_entropy)
+    noisy = estimate_sensitivity(model, [(images, labels)], F.cross_entropy, train_mode=True)
+    name = "blocks.0.mlp.fc2.weight"
+    assert torch.equal(first[name], again[name])
+    assert not torch.allclose(first[name], noisy[name])
+
+
+def test_what_is_not_scored_is_named() -> None:
+    scores = estimate_sensitivity(make_vit(), [make_samples(2)], F.cross_entropy)
+    assert set(scores.info.skipped) == {"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    assert scores.info.head == ["head.weight", "head.bias"]
+    assert list(scores.info.always_tuned) == ["cls_token"]
+    assert not set(scores.names) & {"head.weight", "head.bias", "cls_token"}
+
+
+class Twice(nn.Module):
+    """A model that uses one layer twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, 4)`` to ``(B, 4)``."""
+        return self.layer(self.layer(x))
+
+
+class Functional(Twice):
+    """A model that applies a layer's weight without calling the layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, 4)`` to ``(B, 4)``."""
+        return F.linear(x, self.layer.weight)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Twice(), "layer: called 2 times"),
+        (Functional(), "layer: called 0 times"),
+        (nn.Sequential(nn.Linear(4, 4), nn.TransformerEncoderLayer(4, 1)), r"1\.self_attn: nn\.MultiheadAttention"),
+    ],
+)
+def test_models_that_would_be_scored_wrongly_are_refused(model: nn.Module, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        estimate_sensitivity(model, [(torch.randn(3, 4), torch.randint(4, (3,)))], F.cross_entropy)
+
+
+def test_bad_calls_are_refused() -> None:
+    model, batch = make_vit(), make_samples(3)
+    with pytest.raises(UserError, match="batches is empty"):
+        estimate_sensitivity(model, [], F.cross_entropy)
+    with pytest.raises(UserError, match="criterion='fisher'"):
+        estimate_sensitivity(model, [batch], F.cross_entropy, criterion="fisher")
+    with pytest.raises(UserError, match="micro_batch"):
+        estimate_sensitivity(model, [batch], F.cross_entropy, criterion="batch", micro_batch=2)
+    with pytest.raises(UserError, match=r"loss_fn returned shape \(3, 10\)"):
+        estimate_sensitivity(model, [batch], lambda outputs, _: outputs)
+
+
+def test_scores_that_are_not_finite_name_the_layer() -> None:
+    model = make_vit()
+    model.get_parameter("blocks.1.mlp.fc1.weight").data[0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"blocks\.0\.norm1\.weight: \d+ scores are NaN"):
+        estimate_sensitivity(model, [make_samples(2)], F.cross_entropy)
+
+
+def score_a_share(shares: list[list[int]]) -> dict[str, Tensor]:
+    """Score this rank's samples and gather the result."""
+    import torch.distributed as dist
+
+    images, labels = make_samples(9)
+    mine = shares[dist.get_rank()]
+    batches = [(images[mine], labels[mine])] if mine else []
+    scores = estimate_sensitivity(make_vit(), batches, F.cross_entropy)
+    assert scores.num_samples == 9
+    assert len(scores.shard.values) <= -(-scores.shard.index.total // dist.get_world_size())
+    return {name: scores[name] for name in scores.names}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "shares", [[list(range(9))], [[0, 1, 2, 3, 4], [5, 6, 7, 8]], [[0, 1, 2, 3, 4, 5], [6], [], [7, 8]]]
+)
+def test_scores_do_not_depend_on_the_number_of_ranks(shares: list[list[int]]) -> None:
+    model = make_vit()
+    images, labels = make_samples(9)
+    wanted = one_by_one(model, images, labels, F.cross_entropy)
+    for result in run_ranks(score_a_share, len(shares), shares):
+        for name, value in result.items():
+            if not name.endswith("k.bias"):
+                assert relative_error(value, pick(wanted, name)) < TOLERANCE, name
