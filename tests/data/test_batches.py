@@ -1,0 +1,55 @@
+"""Dealing samples out to ranks."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import TensorDataset
+
+from spt_dist.data.batches import GlobalBatches, load_batches
+from spt_dist.data.digits import build_digits
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 50), st.integers(1, 20), st.integers(1, 5), st.none() | st.integers(0, 9), st.integers(0, 3))
+def test_ranks_together_see_each_sample_once_in_the_same_global_batches(
+    num_samples: int, batch_size: int, world_size: int, seed: int | None, epoch: int
+) -> None:
+    whole = [indices for indices, _, _ in GlobalBatches(num_samples, batch_size, seed=seed).deal(epoch)]
+    assert sorted(sum(whole, [])) == list(range(num_samples))
+    ranks = [
+        list(GlobalBatches(num_samples, batch_size, rank, world_size, seed).deal(epoch)) for rank in range(world_size)
+    ]
+    for step, batch in enumerate(whole):
+        parts = [rank[step] for rank in ranks]
+        counted = [i for indices, weights, _ in parts for i, weight in zip(indices, weights, strict=True) if weight]
+        assert sorted(counted) == sorted(batch)
+        assert len({len(indices) for indices, _, _ in parts}) == 1, "every rank runs batches of the same size"
+        assert {num_global for _, _, num_global in parts} == {len(batch)}
+
+
+def test_epochs_differ_and_repeat() -> None:
+    batches = GlobalBatches(20, 4, seed=3)
+    first, second = list(batches.deal(0)), list(batches.deal(1))
+    assert first != second
+    assert first == list(batches.deal(0))
+    assert list(batches.deal(0, first_step=2)) == first[2:]
+
+
+def test_batches_carry_the_samples() -> None:
+    dataset = TensorDataset(torch.arange(10.0).unsqueeze(1), torch.arange(10))
+    for batch in load_batches(dataset, GlobalBatches(10, 4, rank=1, world_size=2).deal(), torch.device("cpu")):
+        assert torch.equal(batch.inputs.flatten().long(), batch.targets)
+        assert batch.weights.sum() == len(batch.targets)
+
+
+def test_digits_are_split_without_overlap() -> None:
+    task = build_digits(image_size=32, num_train=1000)
+    assert (task.num_train, task.num_val, task.num_classes) == (1000, 797, 10)
+    images = torch.stack([task.train[i][0] for i in range(1000)])
+    held_out = torch.stack([task.val[i][0] for i in range(797)])
+    assert images.shape == (1000, 3, 32, 32)
+    assert images.dtype == torch.float32
+    assert images.min() >= -1
+    assert images.max() <= 1
+    seen = {image.numpy().tobytes() for image in images}
+    assert not any(image.numpy().tobytes() in seen for image in held_out)

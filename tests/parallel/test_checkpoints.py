@@ -1,0 +1,69 @@
+"""Checkpoint files under faults."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from spt_dist import UserError, inject
+from spt_dist.parallel.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from tests.models_for_tests import make_vit
+from tests.tuning.test_inject import random_plan
+
+STATE = {"param/head.weight": torch.rand(10, 24)}
+
+
+def save(folder: Path, num_steps: int) -> Path:
+    """Write a checkpoint of an untrained model."""
+    model = make_vit()
+    return save_checkpoint(folder, STATE, inject(model, random_plan(model, 1)), num_steps, seed=4, keep=2)
+
+
+def test_round_trip_and_the_last_two_are_kept(tmp_path: Path) -> None:
+    for num_steps in (5, 10, 100, 1000):
+        save(tmp_path, num_steps)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "latest",
+        "step-00000100.safetensors",
+        "step-00001000.safetensors",
+    ]
+    found = find_checkpoint("auto", tmp_path)
+    assert found is not None
+    checkpoint = load_checkpoint(found)
+    assert (checkpoint.num_steps, checkpoint.seed) == (1000, 4)
+    assert torch.equal(checkpoint.state["param/head.weight"], STATE["param/head.weight"])
+    assert checkpoint.plan.summary() == random_plan(make_vit(), 1).summary()
+
+
+def test_nothing_to_resume_from(tmp_path: Path) -> None:
+    assert find_checkpoint("auto", tmp_path) is None
+    with pytest.raises(UserError, match="no such checkpoint"):
+        find_checkpoint(str(tmp_path / "step-1.safetensors"), tmp_path)
+
+
+def test_a_failed_write_leaves_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = save(tmp_path, 5)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("spt_dist.files.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 10)
+    assert find_checkpoint("auto", tmp_path) == good
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", good.name]
+    load_checkpoint(good)
+
+
+def test_truncated_and_foreign_files_are_named(tmp_path: Path) -> None:
+    path = save(tmp_path, 5)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match=rf"{path.name}.*truncated"):
+        load_checkpoint(path)
+    plan = tmp_path / "plan.safetensors"
+    random_plan(make_vit(), 1).save(plan)
+    with pytest.raises(UserError, match="this is a plan file, not a checkpoint file"):
+        load_checkpoint(plan)
+    path.unlink()
+    with pytest.raises(UserError, match="latest: names step-00000005"):
+        find_checkpoint("auto", tmp_path)
