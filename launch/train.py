@@ -16,6 +16,7 @@ def main() -> None:
     parser.add_argument(
         "--resume", nargs="?", const="auto", metavar="auto|PATH", help="go on from the latest or the given checkpoint"
     )
+    parser.add_argument("--launcher", metavar="NAME", help="taken for mmseg's sake; the environment tells the launcher")
     parser.add_argument("--engine", help="ddp or deepspeed, instead of the config's")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     arguments = parser.parse_args()

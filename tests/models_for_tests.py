@@ -1,7 +1,5 @@
 """Small models and samples."""
 
-import spt_dist  # noqa: F401  # makes torchvision, hence timm, importable beside a CPU torch
-
 import timm
 import torch
 from torch import Tensor, nn

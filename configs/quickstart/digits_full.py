@@ -1,7 +1,4 @@
-_base_ = [
-    "../_base_/models/demo_vit.py",
-    "../_base_/datasets/digits.py",
-    "../_base_/schedules/adamw_cosine.py",
-    "../_base_/engines/ddp.py",
-    "../_base_/methods/full.py",
-]
+_base_ = ["_digits.py", "../_base_/methods/full.py"]
+
+# Full fine-tuning keeps the published rate.
+train = dict(lr=1e-3)

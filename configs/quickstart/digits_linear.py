@@ -1,7 +1,1 @@
-_base_ = [
-    "../_base_/models/demo_vit.py",
-    "../_base_/datasets/digits.py",
-    "../_base_/schedules/adamw_cosine.py",
-    "../_base_/engines/ddp.py",
-    "../_base_/methods/linear.py",
-]
+_base_ = ["_digits.py", "../_base_/methods/linear.py"]

@@ -41,25 +41,29 @@ def allocate(
         UserError: neither or both of ``budget`` and ``tau``; a budget below one weight or above the backbone;
             another option out of range.
     """
-    if preset is not None:
-        if preset not in PRESETS:
-            raise UserError(f"preset={preset!r}: choose one of {', '.join(PRESETS)}")
-        alpha, beta = PRESETS[preset]
-    if (budget is None) == (tau is None):
-        raise UserError("give either budget (trainable parameters) or tau (sensitive weights)")
-    rule = AllocationRule(structured, unstructured, rank, alpha, beta)
     always = {name: tuple(shape) for name, shape in scores.info.always_tuned.items()}
+    reserved = sum(prod(shape) for shape in always.values())
+    rule, limit = check_request(
+        scores.info.backbone_size,
+        reserved,
+        budget=budget,
+        tau=tau,
+        structured=structured,
+        unstructured=unstructured,
+        rank=rank,
+        alpha=alpha,
+        beta=beta,
+        preset=preset,
+    )
     shapes = scores.shard.index.shapes
 
     def total(counts: Tensor) -> int:
         return sum(rule.choose(shape, count).cost for shape, count in zip(shapes, counts.tolist(), strict=True))
 
-    if budget is None:
+    if limit is None:
         assert tau is not None
         threshold = top_tau(scores.shard, tau)
     else:
-        reserved = sum(prod(shape) for shape in always.values())
-        limit = resolve_budget(budget, scores.info.backbone_size, reserved)
         threshold = solve_threshold(scores.shard, total, limit - reserved)
     counts = count_selected(scores.shard, threshold).tolist()
     chosen = {
@@ -82,12 +86,48 @@ def allocate(
             "tau": int(sum(counts)),
             "structured": structured,
             "unstructured": unstructured,
-            "alpha": alpha,
-            "beta": beta,
+            "alpha": rule.alpha,
+            "beta": rule.beta,
             "criterion": scores.info.criterion,
             "num_samples": scores.num_samples,
         },
     )
+
+
+def check_request(
+    backbone_size: int,
+    reserved: int,
+    *,
+    budget: int | float | None = None,
+    tau: int | None = None,
+    structured: str | None = "lora",
+    unstructured: bool = True,
+    rank: int = 8,
+    alpha: float = 1.0,
+    beta: float | None = None,
+    preset: str | None = None,
+) -> tuple[AllocationRule, int | None]:
+    """Check the arguments of ``allocate`` without any scores, so that a mistake is found before the pass.
+
+    Args:
+        backbone_size: weights of the backbone, head not counted.
+        reserved: parameters that are trained whatever the scores (``cls_token``).
+        budget, tau, structured, unstructured, rank, alpha, beta, preset: as in ``allocate``.
+
+    Returns:
+        The rule, and the budget as a number of parameters (``None`` if ``tau`` is given).
+
+    Raises:
+        UserError: as ``allocate``.
+    """
+    if preset is not None:
+        if preset not in PRESETS:
+            raise UserError(f"preset={preset!r}: choose one of {', '.join(PRESETS)}")
+        alpha, beta = PRESETS[preset]
+    if (budget is None) == (tau is None):
+        raise UserError("give either budget (trainable parameters) or tau (sensitive weights)")
+    rule = AllocationRule(structured, unstructured, rank, alpha, beta)
+    return rule, None if budget is None else resolve_budget(budget, backbone_size, reserved)
 
 
 def resolve_budget(budget: int | float, backbone_size: int, reserved: int) -> int:

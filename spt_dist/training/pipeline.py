@@ -1,7 +1,6 @@
 """A whole run from a config: model, sensitivity, plan, training, task file."""
 
 import json
-import logging
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spt_dist.allocation.allocate import allocate
+from spt_dist.allocation.allocate import allocate, check_request
 from spt_dist.allocation.plan import Plan
 from spt_dist.config import RunConfig, check_arguments, lookup
 from spt_dist.data.batches import GlobalBatches, load_batches
@@ -21,18 +20,18 @@ from spt_dist.data.tasks import build_task
 from spt_dist.errors import UserError
 from spt_dist.files import save_tensors, write_text
 from spt_dist.models.classifier import build_classifier
-from spt_dist.parallel.checkpoints import Checkpoint, find_checkpoint, load_checkpoint
+from spt_dist.models.matrices import take_inventory
+from spt_dist.parallel.checkpoints import Checkpoint, find_checkpoint, load_checkpoint, put_aside
 from spt_dist.parallel.engines import OptimizerSettings, build_engine, check_engine
 from spt_dist.parallel.launch import local_device
 from spt_dist.progress import progress_bar
 from spt_dist.sensitivity.estimator import estimate_sensitivity
 from spt_dist.sensitivity.scores import Scores
+from spt_dist.training.record import write_record
 from spt_dist.training.trainer import Trainer
 from spt_dist.tuning.delta import describe_delta
 from spt_dist.tuning.inject import inject, print_trainable_parameters
 from spt_dist.tuning.methods import PLAN_MAKERS, make_plan
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -132,6 +131,9 @@ def make_run_plan(config: RunConfig, model: nn.Module, task: Task) -> tuple[Plan
     options = method_options(config)
     if config.method["type"] != "spt":
         return make_plan(config.method["type"], model, **options), None
+    inventory = take_inventory(model)
+    reserved = sum(model.get_parameter(name).numel() for name in inventory.always_tuned)
+    check_request(inventory.backbone_size, reserved, **options)
     scores = score(config, model, task)
     return allocate(scores, **options), scores
 
@@ -151,52 +153,55 @@ def run_training(config: RunConfig, config_path: str, resume: str | None = None)
     work_dir = Path(config.work_dir)
     task = build_task(config.data, config.model.num_classes)
     model = build_model(config)
-    checkpoint = _open_checkpoint(resume, work_dir)
+    path = None if resume is None else find_checkpoint(resume, work_dir / "checkpoints")
+    checkpoint = None if path is None else load_checkpoint(path)
     started = time.perf_counter()
-    if checkpoint is None:
-        plan, scores = make_run_plan(config, model, task)
-        if scores is not None:
-            scores.save(work_dir / "scores")
-    else:
-        plan = checkpoint.plan
+    plan, scores = make_run_plan(config, model, task) if checkpoint is None else (checkpoint.plan, None)
     seconds_scoring = time.perf_counter() - started
     # New modules start from the run's seed, so the loss curve does not depend on what was drawn before.
     torch.manual_seed(config.seed)
     tuned = inject(model, plan)
-    if checkpoint is not None and checkpoint.fingerprint != tuned.spt_fingerprint:
+    if checkpoint is None:
+        put_aside(work_dir / "checkpoints")
+    elif checkpoint.fingerprint != tuned.spt_fingerprint:
         raise UserError(f"{checkpoint.path}: belongs to a backbone with other weights; check model.checkpoint")
+    if scores is not None:
+        scores.save(work_dir / "scores")
     if dist.get_rank() == 0:
+        write_record(work_dir, config, config_path)
         plan.save(work_dir / "plan.safetensors")
         print_trainable_parameters(tuned)
-    num_head = sum(tuned.get_parameter(name).numel() for name in plan.head)
 
     started = time.perf_counter()
-    settings = OptimizerSettings(config.train.lr, config.train.weight_decay, config.train.clip_norm)
-    engine = build_engine(config.engine, tuned, settings, local_device())
-    trainer = Trainer(engine, task, config.train, config.seed, work_dir, local_device())
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-    top1 = trainer.fit()
-    seconds_training = time.perf_counter() - started
-
-    task_file = work_dir / "task.safetensors"
-    values = engine.trainable_values()
+    top1, values = _train(config, tuned, task, checkpoint)
     result = RunResult(
         method=plan.method,
         num_trainable=plan.num_trainable,
         backbone_size=plan.backbone_size,
-        num_head=num_head,
+        num_head=sum(values[name].numel() for name in plan.head),
         top1=top1,
         seconds_scoring=seconds_scoring,
-        seconds_training=seconds_training,
-        task_file=str(task_file),
+        seconds_training=time.perf_counter() - started,
+        task_file=str(work_dir / "task.safetensors"),
         config=config_path,
     )
     if dist.get_rank() == 0:
-        save_tensors(task_file, *describe_delta(engine.module, values))
+        save_tensors(result.task_file, *describe_delta(tuned, values))
         write_text(work_dir / "summary.json", json.dumps(asdict(result), indent=1))
     dist.barrier()
     return result
+
+
+def _train(
+    config: RunConfig, tuned: nn.Module, task: Task, checkpoint: Checkpoint | None
+) -> tuple[float, dict[str, Tensor]]:
+    """Stage 2: the final accuracy and the trained values, whole on every rank. Collective."""
+    settings = OptimizerSettings(config.train.lr, config.train.weight_decay, config.train.clip_norm)
+    engine = build_engine(config.engine, tuned, settings, local_device())
+    trainer = Trainer(engine, task, config.train, config.seed, Path(config.work_dir), local_device())
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    return trainer.fit(), engine.trainable_values()
 
 
 def with_overrides(
@@ -205,25 +210,3 @@ def with_overrides(
     """The config with what the command line says about it."""
     new_engine = replace(config.engine, type=engine or config.engine.type, amp=amp or config.engine.amp)
     return replace(config, engine=new_engine, work_dir=work_dir or config.work_dir)
-
-
-def _open_checkpoint(resume: str | None, work_dir: Path) -> Checkpoint | None:
-    """The checkpoint to go on from. A fresh run puts those of an earlier one aside."""
-    directory = work_dir / "checkpoints"
-    if resume is None:
-        _put_aside(directory)
-        return None
-    path = find_checkpoint(resume, directory)
-    return None if path is None else load_checkpoint(path)
-
-
-def _put_aside(directory: Path) -> None:
-    """Rename an earlier run's checkpoints, so that they neither mix with the new ones nor are lost."""
-    if dist.get_rank() == 0 and directory.is_dir():
-        import shutil
-
-        previous = directory.with_name(directory.name + ".previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        directory.rename(previous)
-        logger.warning("%s held checkpoints; they are now in %s (use --resume to go on from them)", directory, previous)
-    dist.barrier()

@@ -15,7 +15,7 @@ def test_ranks_together_see_each_sample_once_in_the_same_global_batches(
     num_samples: int, batch_size: int, world_size: int, seed: int | None, epoch: int
 ) -> None:
     whole = [indices for indices, _, _ in GlobalBatches(num_samples, batch_size, seed=seed).deal(epoch)]
-    assert sorted(sum(whole, [])) == list(range(num_samples))
+    assert sorted(index for batch in whole for index in batch) == list(range(num_samples))
     ranks = [
         list(GlobalBatches(num_samples, batch_size, rank, world_size, seed).deal(epoch)) for rank in range(world_size)
     ]

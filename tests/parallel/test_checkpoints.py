@@ -1,5 +1,7 @@
 """Checkpoint files under faults."""
 
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,17 +43,28 @@ def test_nothing_to_resume_from(tmp_path: Path) -> None:
         find_checkpoint(str(tmp_path / "step-1.safetensors"), tmp_path)
 
 
-def test_a_failed_write_leaves_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    good = save(tmp_path, 5)
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("spt_dist.files.save_file", fail)
-    with pytest.raises(OSError, match="No space left"):
-        save(tmp_path, 10)
-    assert find_checkpoint("auto", tmp_path) == good
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", good.name]
+def test_a_full_disk_leaves_the_last_good_checkpoint(small_disk: Path) -> None:
+    good = save(small_disk, 5)
+    model = make_vit()
+    big = {"param/head.weight": torch.rand(300, 300)}
+    with pytest.raises(Exception, match="No space left"):
+        save_checkpoint(small_disk, big, inject(model, random_plan(model, 1)), 10, seed=4, keep=2)
+    assert find_checkpoint("auto", small_disk) == good
+    assert sorted(path.name for path in small_disk.iterdir()) == ["latest", good.name]
     load_checkpoint(good)
 
 

@@ -111,7 +111,7 @@ def test_key_bias_is_insensitive() -> None:
     images, labels = make_samples(4)
     wanted = one_by_one(model, images, labels, F.cross_entropy)
     for block in range(2):
-        q, k, v = wanted[f"blocks.{block}.attn.qkv.bias"].chunk(3)
+        _, k, v = wanted[f"blocks.{block}.attn.qkv.bias"].chunk(3)
         assert float(k.max()) < 1e-20 * float(v.max())
 
 

@@ -1,0 +1,39 @@
+"""What a run was: the merged config, the versions and the code, for whoever finds the work dir later."""
+
+import json
+import platform
+import subprocess
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from spt_dist.config import RunConfig
+from spt_dist.files import write_text
+
+PACKAGES = ("spt_dist", "torch", "timm", "deepspeed", "mmengine", "numpy")
+
+
+def write_record(work_dir: Path, config: RunConfig, config_path: str) -> None:
+    """Write ``run.json``: the merged config, where it came from, versions, git commit and number of ranks."""
+    record = {
+        "config_file": config_path,
+        "config": asdict(config),
+        "world_size": dist.get_world_size(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "git_commit": find_commit(Path(__file__).parent),
+    }
+    write_text(work_dir / "run.json", json.dumps(record, indent=1))
+
+
+def find_commit(directory: Path) -> str | None:
+    """The git commit of the checkout that holds ``directory``, ``+changes`` if it was changed; ``None`` outside one."""
+    command = ["git", "-C", str(directory), "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
