@@ -62,9 +62,7 @@ def _run_rank(
     # DeepSpeed wants what a launcher would have set.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     store = dist.FileStore(f"{folder}/store", world_size)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
-    )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
     try:
         outcome = (True, function(*args))
     except BaseException:

@@ -71,18 +71,8 @@ def estimate_sensitivity(
     device = next(model.parameters()).device
     local = torch.zeros(index.total, dtype=torch.float32, device=device)
     collector = _Collector(model, inventory, index, local, per_sample=criterion == "per_sample")
-    num_samples = 0
     with _scoring_mode(model, train_mode), collector.attached():
-        for inputs, targets in batches:
-            inputs, targets = _map(inputs, lambda x: x.to(device)), _map(targets, lambda x: x.to(device))
-            for some_inputs, some_targets in _micro_batches(inputs, targets, micro_batch):
-                autocast = torch.autocast(device.type, dtype) if dtype is not None else nullcontext()
-                collector.start(_batch_size(some_inputs))
-                with autocast:
-                    loss = _total_loss(loss_fn, model(some_inputs), some_targets, collector.num_samples)
-                collector.check_all_called()
-                (loss if criterion == "per_sample" else loss / collector.num_samples).backward()
-                num_samples += collector.num_samples
+        num_samples = _run_batches(model, batches, loss_fn, collector, dtype, micro_batch)
     total = int(all_sum(torch.tensor(num_samples, device=device)))
     if total == 0:
         raise UserError("batches is empty: the sensitivity needs at least one sample")
@@ -93,6 +83,29 @@ def estimate_sensitivity(
     scores = Scores(reduce_to_shard(index, local), info)
     scores.check_finite()
     return scores
+
+
+def _run_batches(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Any]],
+    loss_fn: LossFunction,
+    collector: "_Collector",
+    dtype: torch.dtype | None,
+    micro_batch: int | None,
+) -> int:
+    """Forward and backward over every batch; returns the number of samples."""
+    device = next(model.parameters()).device
+    num_samples = 0
+    for batch in batches:
+        inputs, targets = (_map(part, lambda tensor: tensor.to(device)) for part in batch)
+        for some_inputs, some_targets in _micro_batches(inputs, targets, micro_batch):
+            collector.start(_batch_size(some_inputs))
+            with torch.autocast(device.type, dtype) if dtype is not None else nullcontext():
+                loss = _total_loss(loss_fn, model(some_inputs), some_targets, collector.num_samples)
+            collector.check_all_called()
+            (loss if collector.per_sample else loss / collector.num_samples).backward()
+            num_samples += collector.num_samples
+    return num_samples
 
 
 class _Collector:

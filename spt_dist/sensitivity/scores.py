@@ -13,7 +13,15 @@ from torch import Tensor
 
 from spt_dist.errors import UserError
 from spt_dist.files import save_tensors, write_text
-from spt_dist.sensitivity.shards import FlatIndex, ScoreShard, all_sum, get_rank, shard_bounds, world_size
+from spt_dist.sensitivity.shards import (
+    FlatIndex,
+    ScoreShard,
+    all_sum,
+    collective_device,
+    get_rank,
+    shard_bounds,
+    world_size,
+)
 
 INDEX_FILE = "scores.json"
 FORMAT_VERSION = 1
@@ -136,7 +144,7 @@ class Scores:
             if first < last:
                 parts.append(_read_part(file, high - low, first - low, last - low))
         values = torch.cat(parts) if parts else torch.zeros(0)
-        return cls(ScoreShard(index, start, values), ScoreInfo(**saved["info"]))
+        return cls(ScoreShard(index, start, values.to(collective_device())), ScoreInfo(**saved["info"]))
 
 
 def _read_index(path: Path) -> dict[str, Any]:

@@ -21,6 +21,12 @@ def get_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def collective_device() -> torch.device:
+    """Where tensors have to be for the process group's collectives; the CPU without one."""
+    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
 def all_sum(tensor: Tensor) -> Tensor:
     """Sum ``tensor`` over the ranks, in place; returns it."""
     if world_size() > 1:

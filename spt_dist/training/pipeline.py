@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spt_dist.allocation.allocate import allocate, check_request
+from spt_dist.allocation.allocate import allocate
 from spt_dist.allocation.plan import Plan
+from spt_dist.allocation.request import AllocationRequest
 from spt_dist.config import RunConfig, check_arguments, lookup
 from spt_dist.data.batches import GlobalBatches, load_batches
 from spt_dist.data.task import Task
@@ -133,7 +134,7 @@ def make_run_plan(config: RunConfig, model: nn.Module, task: Task) -> tuple[Plan
         return make_plan(config.method["type"], model, **options), None
     inventory = take_inventory(model)
     reserved = sum(model.get_parameter(name).numel() for name in inventory.always_tuned)
-    check_request(inventory.backbone_size, reserved, **options)
+    AllocationRequest(**options).resolve(inventory.backbone_size, reserved)
     scores = score(config, model, task)
     return allocate(scores, **options), scores
 

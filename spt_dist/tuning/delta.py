@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from spt_dist.allocation.plan import Plan
@@ -11,7 +12,7 @@ from spt_dist.errors import UserError
 from spt_dist.files import load_tensors, save_tensors
 from spt_dist.models.fingerprint import fingerprint
 from spt_dist.models.matrices import find_head
-from spt_dist.sensitivity.shards import get_rank
+from spt_dist.sensitivity.shards import get_rank, world_size
 from spt_dist.tuning.inject import inject, is_tuned, trainable_parameters
 
 FORMAT_VERSION = 1
@@ -21,7 +22,8 @@ _STATE_PREFIX = "state/"
 def save_delta(tuned: nn.Module, path: str | Path) -> None:
     """Write the trained parameters, the plan and the backbone's fingerprint to a safetensors file.
 
-    With several ranks rank 0 writes; the parameters have to be whole on it (they are under DDP and ZeRO 0 to 2).
+    With several ranks a collective call: rank 0 writes, and the file is there for all when the call returns. The
+    parameters have to be whole (they are under DDP and ZeRO 0 to 2).
 
     Raises:
         UserError: the model has not been injected.
@@ -30,6 +32,8 @@ def save_delta(tuned: nn.Module, path: str | Path) -> None:
         raise UserError("save_delta: this model has no tuning modules; call inject first")
     if get_rank() == 0:
         save_tensors(path, *describe_delta(tuned, dict(trainable_parameters(tuned))))
+    if world_size() > 1:
+        dist.barrier()
 
 
 def describe_delta(tuned: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:

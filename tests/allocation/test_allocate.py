@@ -62,9 +62,7 @@ def what(plan: Plan) -> dict[str, tuple[str, int]]:
     st.sampled_from([None, 1.0, 5.0]),
     st.integers(0, 100),
 )
-def test_tau_gives_the_plan_of_the_definition(
-    tau: int, rank: int, alpha: float, beta: float | None, seed: int
-) -> None:
+def test_tau_gives_the_plan_of_the_definition(tau: int, rank: int, alpha: float, beta: float | None, seed: int) -> None:
     torch.manual_seed(seed)
     scores = make_scores()
     plan = allocate(scores, tau=tau, rank=rank, alpha=alpha, beta=beta)

@@ -4,6 +4,8 @@ Shape suffixes: B images, C channels, H rows, W columns, D features.
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 # Must come before timm: it makes torchvision importable beside a CPU build of torch.
@@ -80,3 +82,18 @@ def test_loads_strictly_into_the_described_model(metadata: dict[str, str], tenso
         features_BD = model(images_BCHW)
     assert features_BD.shape == (2, kwargs["embed_dim"])
     assert bool(torch.isfinite(features_BD).all())
+
+
+def test_the_recipe_runs_and_repeats(tmp_path: Path) -> None:
+    """A tiny run of the committed script, twice: the same bytes, with the asset's keys."""
+    script = Path(__file__).parents[2] / "tools" / "make_demo_backbone.py"
+    contents = []
+    for name in ("first", "second"):
+        path = tmp_path / f"{name}.safetensors"
+        command = [sys.executable, str(script), "--output", str(path), "--images", "256", "--epochs", "1"]
+        subprocess.run([*command, "--heldout-images", "64"], check=True, capture_output=True, timeout=120)
+        contents.append(path.read_bytes())
+    assert contents[0] == contents[1]
+    with safe_open(tmp_path / "first.safetensors", "pt") as made, safe_open(ASSET, "pt") as asset:
+        assert made.keys() == asset.keys()
+        assert made.metadata().keys() == asset.metadata().keys()

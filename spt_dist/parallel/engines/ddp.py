@@ -22,14 +22,17 @@ class DDPEngine(Engine):
             self.replica = DistributedDataParallel(model, forward_sync_buffers=False)
 
     def __call__(self, inputs: Tensor) -> Tensor:
+        """Forward pass of this rank's replica."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             outputs: Tensor = self.replica(inputs)
         return outputs
 
     def backward(self, loss: Tensor) -> None:
+        """Backward pass; the replicas average their gradients meanwhile."""
         loss.backward()
 
     def step(self) -> float:
+        """Clip, step and drop the gradients, the same on every rank."""
         parameters = [parameter for _, parameter in trainable_parameters(self.module)]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm or float("inf"))
         self.optimizer.step()
@@ -37,6 +40,7 @@ class DDPEngine(Engine):
         return float(norm)
 
     def gather_state(self) -> dict[str, Tensor]:
+        """Copies of what every rank holds in full."""
         state = {}
         for name, parameter in trainable_parameters(self.module):
             state[f"param/{name}"] = parameter.detach().float().cpu()
@@ -47,6 +51,7 @@ class DDPEngine(Engine):
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor], num_steps: int) -> None:
+        """Take over parameters and moments; every rank loads the same."""
         for name, parameter in trainable_parameters(self.module):
             parameter.copy_(state[f"param/{name}"])
             if num_steps:

@@ -35,13 +35,16 @@ class DeepSpeedEngine(Engine):
         self.module = self.engine.module
 
     def __call__(self, inputs: Tensor) -> Tensor:
+        """Forward pass through DeepSpeed's engine, which autocasts if told so."""
         outputs: Tensor = self.engine(inputs)
         return outputs
 
     def backward(self, loss: Tensor) -> None:
+        """Backward pass; DeepSpeed reduces the gradients to their owners."""
         self.engine.backward(loss)
 
     def step(self) -> float:
+        """Let DeepSpeed clip, step and broadcast the updated parameters."""
         norm: Any = None
         if not self.zero_stage:
             # Without ZeRO, DeepSpeed computes no norm unless it clips.
@@ -51,6 +54,7 @@ class DeepSpeedEngine(Engine):
         return float(self.engine.get_global_grad_norm() if norm is None else norm)
 
     def gather_state(self) -> dict[str, Tensor]:
+        """The fp32 masters and their moments, gathered from the ranks that own them."""
         state = {}
         has_moments = self.engine.global_steps > 0
         self._link_moments()
@@ -64,6 +68,7 @@ class DeepSpeedEngine(Engine):
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor], num_steps: int) -> None:
+        """Write masters, moments and the parameters that the next forward pass will use."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         base = self.engine.basic_optimizer
