@@ -60,7 +60,8 @@ def main() -> None:
     for method, summaries in results.items():
         tops = [100 * summary["top1"] for summary in summaries]
         spread = f"{statistics.stdev(tops):.2f}" if len(tops) > 1 else "-"
-        counts = f"{summaries[0]['num_trainable']:,}"
+        trained = sorted({summary["num_trainable"] for summary in summaries})
+        counts = f"{trained[0]:,}" if len(trained) == 1 else f"{trained[0]:,} to {trained[-1]:,}"
         rows.append([method, counts, f"{statistics.mean(tops):.2f}", spread, " ".join(f"{top:.2f}" for top in tops)])
     columns = ["method", "trainable", "mean top-1 %", "deviation", "each seed"]
     table = format_table(f"held-out accuracy over {arguments.seeds} seeds", columns, rows)

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -61,13 +60,14 @@ def read_config(arguments: argparse.Namespace) -> RunConfig:
 
 def run(main: Callable[[], None]) -> None:
     """Call ``main``; a user's mistake becomes one line on rank 0 and exit status 2."""
+    rank = 0
     try:
         rank = read_environment().rank
         start_logging(rank)
         main()
     except UserError as error:
         # Every rank finds the same mistakes; one line is enough for all of them.
-        if os.environ.get("RANK", "0") == "0":
+        if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
 
