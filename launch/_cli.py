@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,23 @@ from spt_dist.parallel.launch import read_environment
 from spt_dist.training.pipeline import with_overrides
 
 EXIT_USER_ERROR = 2
+SECONDS_FOR_RANK_ZERO = 20
+
+
+class ConfigOptions(DictAction):
+    """``KEY=VALUE`` pairs; mmengine's own action fails with a traceback where the ``=`` is missing."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        for item in values:
+            if "=" not in item:
+                raise UserError(f"--cfg-options {item}: has to be KEY=VALUE")
+        super().__call__(parser, namespace, values, option_string)
 
 
 def make_parser(description: str, example: str) -> argparse.ArgumentParser:
@@ -38,7 +56,7 @@ def add_config_options(parser: argparse.ArgumentParser, positional: bool = True)
     parser.add_argument(
         "--cfg-options",
         nargs="+",
-        action=DictAction,
+        action=ConfigOptions,
         default={},
         metavar="KEY=VALUE",
         help="change values of the config",
@@ -66,9 +84,11 @@ def run(main: Callable[[], None]) -> None:
         start_logging(rank)
         main()
     except UserError as error:
-        # Every rank finds the same mistakes; one line is enough for all of them.
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+        # Every rank finds most mistakes, and rank 0's line is enough. Launchers end all ranks once one has ended, so
+        # the others give rank 0 time to say it; if they are still here after that, the mistake is theirs alone.
+        if rank:
+            time.sleep(SECONDS_FOR_RANK_ZERO)
+        print(f"error: rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
 
 

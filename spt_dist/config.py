@@ -136,7 +136,7 @@ def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> R
 def check_arguments(
     function: Callable[..., Any], options: Mapping[str, Any], section: str, own: Iterable[str] = ()
 ) -> None:
-    """Check the keys of an open section against the arguments of the function they go to.
+    """Check an open section against the arguments of the function it goes to.
 
     Args:
         function: what ``options`` will be passed to.
@@ -145,12 +145,15 @@ def check_arguments(
         own: leading arguments of the function that do not come from the config.
 
     Raises:
-        UserError: an unknown key, or a required one that is missing.
+        UserError: an unknown key, a value of the wrong type, or a required key that is missing.
     """
     parameters = {name: value for name, value in inspect.signature(function).parameters.items() if name not in set(own)}
     for key in options:
         if key not in parameters:
             raise _unknown(f"{section}.{key}", key, parameters)
+    hints = typing.get_type_hints(function)
+    for key, value in options.items():
+        _convert(hints[key], value, f"{section}.{key}")
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in options:
             raise UserError(f"config: {section}.{name} is missing")

@@ -37,7 +37,8 @@ def build_classifier(
         torch.manual_seed(seed)
         try:
             model = timm.create_model(name, num_classes=num_classes, **(kwargs or {}))
-        except TypeError as error:
+        # timm checks its arguments with whatever is at hand: assertions, and torch's own errors.
+        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise UserError(f"model.kwargs={kwargs!r}: {error}") from error
     if checkpoint is not None:
         load_backbone(model, checkpoint)

@@ -154,6 +154,7 @@ def run_training(config: RunConfig, config_path: str, resume: str | None = None)
     work_dir = Path(config.work_dir)
     task = build_task(config.data, config.model.num_classes)
     model = build_model(config)
+    _check_setup(work_dir, task, model)
     path = None if resume is None else find_checkpoint(resume, work_dir / "checkpoints")
     checkpoint = None if path is None else load_checkpoint(path)
     started = time.perf_counter()
@@ -164,8 +165,8 @@ def run_training(config: RunConfig, config_path: str, resume: str | None = None)
     tuned = inject(model, plan)
     if checkpoint is None:
         put_aside(work_dir / "checkpoints")
-    elif checkpoint.fingerprint != tuned.spt_fingerprint:
-        raise UserError(f"{checkpoint.path}: belongs to a backbone with other weights; check model.checkpoint")
+    else:
+        _check_checkpoint(checkpoint, tuned, config)
     if scores is not None:
         scores.save(work_dir / "scores")
     if dist.get_rank() == 0:
@@ -191,6 +192,34 @@ def run_training(config: RunConfig, config_path: str, resume: str | None = None)
         write_text(work_dir / "summary.json", json.dumps(asdict(result), indent=1))
     dist.barrier()
     return result
+
+
+def _check_setup(work_dir: Path, task: Task, model: nn.Module) -> None:
+    """Refuse what would fail in the middle of a run.
+
+    Raises:
+        UserError: the work dir is a file, or the model takes images of another size than the task's.
+    """
+    if work_dir.exists() and not work_dir.is_dir():
+        raise UserError(f"{work_dir}: the work dir is a file; give --work-dir a folder")
+    image_CHW, _ = task.train[0]
+    found, wanted = tuple(image_CHW.shape[1:]), getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if wanted is not None and found != tuple(wanted):
+        raise UserError(f"config: data gives images of {found} pixels, model.kwargs.img_size is {tuple(wanted)}")
+
+
+def _check_checkpoint(checkpoint: Checkpoint, tuned: nn.Module, config: RunConfig) -> None:
+    """Refuse a checkpoint that this run can't go on from.
+
+    Raises:
+        UserError: it belongs to another backbone, or to another seed, which the order of the samples hangs on.
+    """
+    if checkpoint.fingerprint != tuned.spt_fingerprint:
+        raise UserError(f"{checkpoint.path}: belongs to a backbone with other weights; check model.checkpoint")
+    if checkpoint.seed != config.seed:
+        raise UserError(
+            f"{checkpoint.path}: written by a run with seed={checkpoint.seed}, this one has seed={config.seed}"
+        )
 
 
 def _train(

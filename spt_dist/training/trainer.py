@@ -45,15 +45,7 @@ class Trainer:
         self.num_steps = 0
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint of the same run, whatever engine and number of ranks wrote it.
-
-        Raises:
-            UserError: the checkpoint's seed is another one, so the order of the samples would change.
-        """
-        if checkpoint.seed != self.seed:
-            raise UserError(
-                f"{checkpoint.path}: written by a run with seed={checkpoint.seed}, this one has seed={self.seed}"
-            )
+        """Go on from a checkpoint of the same run, whatever engine and number of ranks wrote it."""
         self.engine.load_state(checkpoint.state, checkpoint.num_steps)
         self.num_steps = checkpoint.num_steps
         logger.info("resumed from %s after %d of %d steps", checkpoint.path, self.num_steps, self.total_steps)

@@ -1,0 +1,148 @@
+"""The other scripts, and how their files go together."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+# Must come before timm: it makes torchvision importable beside a CPU build of torch.
+import spt_dist  # noqa: F401  # isort: skip
+
+import numpy as np
+import pytest
+import timm
+import torch
+from matplotlib.image import imread
+from safetensors.torch import load_file
+
+from spt_dist.data.digits import build_digits
+from tests.launch.processes import ROOT, Launch, ScriptResult, run_all
+from tests.launch.runs import MODEL_KWARGS, MODEL_NAME, NUM_TRAIN, read_plan, read_summary, read_task, write_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("[!_]*.py"))
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PICTURES = ("losses.png", "scores_own.png", "allocation_own.png", "scores_saved.png", "allocation_saved.png")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the scripts of this module work."""
+    return tmp_path_factory.mktemp("scripts")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> Mapping[str, ScriptResult]:
+    """Every script once, in the order of a user's work; side by side where the files allow it.
+
+    ``own`` is a run that scores for itself, ``saved`` one that takes the scores of two ranks of ``sensitivity.py``.
+    """
+    config, task, merged = write_config(folder / "tiny.py"), folder / "own" / "task.safetensors", folder / "merged"
+    use_scores = ["--cfg-options", f"sensitivity.scores={folder / 'scores'}"]
+    steps: list[dict[str, Launch]] = [
+        {
+            "sensitivity": Launch(["sensitivity.py", config, "--out", folder / "scores"], "torchrun", 2),
+            "own": Launch(["train.py", config, "--work-dir", folder / "own"]),
+        },
+        {
+            "saved": Launch(["train.py", config, "--work-dir", folder / "saved", *use_scores]),
+            "merge": Launch(["merge.py", task, "--config", config, "--out", merged]),
+        },
+        {
+            "evaluate task": Launch(["evaluate.py", config, "--task", task]),
+            "evaluate merged": Launch(["evaluate.py", config, "--merged", merged], "torchrun", 2),
+            "report": Launch(["report.py", folder / "own", folder / "saved", "--out", folder / "report"]),
+        },
+    ]
+    done: dict[str, ScriptResult] = {}
+    for launches in steps:
+        done |= run_all(launches)
+        for result in done.values():
+            result.check()
+    return done
+
+
+@pytest.fixture(scope="module")
+def helps() -> Mapping[str, ScriptResult]:
+    """``--help`` of every script."""
+    return run_all({name: Launch([name, "--help"]) for name in SCRIPTS})
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_ends_with_an_example(helps: Mapping[str, ScriptResult], script: str) -> None:
+    text = helps[script].check().stdout
+    assert text.startswith("usage:")
+    example = text.partition("example:\n")[2].strip()
+    assert f"launch/{script}" in example
+    # What the example names is there, but for what the example before it would have made.
+    configs = re.findall(r"configs/\S+\.py", example)
+    assert all((ROOT / path).is_file() for path in configs)
+
+
+@pytest.mark.distributed
+def test_saved_scores_give_the_same_plan(folder: Path, results: Mapping[str, ScriptResult]) -> None:
+    own, saved = read_plan(folder / "own"), read_plan(folder / "saved")
+    assert saved.matrices == own.matrices
+    assert saved.vectors == own.vectors
+    assert saved.sparse.keys() == own.sparse.keys()
+    assert all(torch.equal(saved.sparse[name], indices) for name, indices in own.sparse.items())
+    assert len(list((folder / "scores").glob("*.safetensors"))) == 2
+    assert f"sensitivity.scores={folder / 'scores'}" in results["sensitivity"].stdout
+
+
+@pytest.mark.distributed
+def test_saved_scores_give_the_same_run(folder: Path, results: Mapping[str, ScriptResult]) -> None:
+    """Once the plan is the same nothing else depends on where the scores came from."""
+    own, saved = read_task(folder / "own"), read_task(folder / "saved")
+    assert saved.keys() == own.keys()
+    assert all(torch.equal(saved[name], values) for name, values in own.items())
+
+
+@pytest.mark.distributed
+def test_evaluations_agree(folder: Path, results: Mapping[str, ScriptResult]) -> None:
+    """Of the run itself, of the task file on its backbone, and of the merged checkpoint."""
+    wanted = f"{read_summary(folder / 'own')['top1']:.2%}"
+    for name in ("evaluate task", "evaluate merged"):
+        assert re.findall(r"^top-1 +(\S+)$", results[name].stdout, re.MULTILINE) == [wanted], name
+        assert re.findall(r"^held-out samples +(\d+)$", results[name].stdout, re.MULTILINE) == [str(1797 - NUM_TRAIN)]
+
+
+def test_merged_file_is_a_plain_timm_checkpoint(folder: Path, results: Mapping[str, ScriptResult]) -> None:
+    """It loads without our package's help, and has the run's accuracy by a plain loop."""
+    model = timm.create_model(MODEL_NAME, num_classes=10, **MODEL_KWARGS).eval()
+    model.load_state_dict(load_file(folder / "merged"), strict=True)
+    task = build_digits(image_size=16, num_train=NUM_TRAIN)
+    with torch.no_grad():
+        hits = [
+            bool(model(image.unsqueeze(0)).argmax() == label) for image, label in (task.val[i] for i in range(1596))
+        ]
+    top1 = read_summary(folder / "own")["top1"]
+    assert top1 > 0.2, "by guessing it is 0.1"
+    assert np.mean(hits) == pytest.approx(top1, abs=1 / 1596)
+
+
+def test_report_table(folder: Path, results: Mapping[str, ScriptResult]) -> None:
+    text = (folder / "report" / "report.txt").read_text(encoding="utf-8")
+    for name in ("own", "saved"):
+        summary = read_summary(folder / name)
+        (row,) = [line for line in text.splitlines() if f"SPT ({name})" in line]
+        assert f"{summary['num_trainable']:,}" in row
+        assert f"{100 * summary['top1']:.2f}" in row
+        assert row in results["report"].stdout
+
+
+@pytest.mark.parametrize("name", [*(f"report/{name}" for name in PICTURES), "scores/scores.png"])
+def test_pictures(folder: Path, results: Mapping[str, ScriptResult], name: str) -> None:
+    path = folder / name
+    assert path.read_bytes().startswith(PNG_SIGNATURE)
+    pixels_HWC = imread(path)
+    height, width = pixels_HWC.shape[:2]
+    assert height > 200 and width > 200
+    # More than an empty page.
+    assert len(np.unique(pixels_HWC[..., :3].reshape(-1, 3), axis=0)) > 10
+
+
+def test_report_names_its_files(folder: Path, results: Mapping[str, ScriptResult]) -> None:
+    for name in ("report.txt", *PICTURES):
+        assert str(folder / "report" / name) in results["report"].stdout
+    assert {path.name for path in (folder / "report").iterdir()} == {"report.txt", *PICTURES}
