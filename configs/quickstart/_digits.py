@@ -6,4 +6,4 @@ _base_ = [
     "../_base_/engines/ddp.py",
 ]
 # Thirty epochs instead of a hundred want a higher rate than the published 1e-3.
-train = dict(epochs=30, lr=1e-2)
+train = dict(epochs=30, lr=1e-2, eval_interval=5)

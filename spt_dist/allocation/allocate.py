@@ -81,7 +81,7 @@ def _make_plan(scores: Scores, rule: AllocationRule, threshold: Threshold, budge
         head=list(scores.info.head),
         shapes=always | {name: shapes[name] for name in scores.names if how[name] != "frozen"},
         rank=rule.rank,
-        method="spt",
+        method=f"spt-{rule.structured}" if rule.structured else "spt",
         backbone_size=scores.info.backbone_size,
         options={
             "budget": budget,

@@ -32,7 +32,7 @@ class Plan:
         head: the head's parameters: trained in place, not counted.
         shapes: shape of everything named above but the head.
         rank: rank of the structured modules.
-        method: what made the plan ("spt", "lora", "linear", "full").
+        method: what made the plan ("spt-lora", "spt", "lora", "linear", "full").
         backbone_size: weights of the backbone, head not counted.
         options: how the plan was made (budget, tau, alpha, beta ...), for the record.
     """

@@ -27,8 +27,9 @@ def draw_scores(means: Mapping[str, float], path: str | Path) -> Path:
     figure, axes = _new_figure(len(columns), len(operations))
     # Scores span many orders of magnitude, and attn.k.bias, which is exactly insensitive, is rounding noise.
     top = float(np.nanmax(grid))
+    bottom = float(np.nanmin(grid[grid > top * 1e-7]))
     image = axes.imshow(
-        np.maximum(grid, top * 1e-7), norm=LogNorm(vmin=top * 1e-6, vmax=top), cmap="viridis", aspect="auto"
+        np.maximum(grid, bottom / 10), norm=LogNorm(vmin=bottom, vmax=top), cmap="viridis", aspect="auto"
     )
     _label(axes, operations, columns)
     axes.set_title("mean sensitivity of a weight")
@@ -58,7 +59,7 @@ def draw_plan(plan: Plan, path: str | Path) -> Path:
     _write_counts(axes, grid, flags, plan.rank)
     _label(axes, operations, columns)
     legend = "blue: low-rank module; orange: weights tuned one by one or whole vectors"
-    axes.set_title(f"{plan.num_trainable:,} trained parameters\n{legend}")
+    figure.suptitle(f"{plan.num_trainable:,} trained parameters\n{legend}", fontsize=10)
     return _save(figure, path)
 
 

@@ -12,7 +12,13 @@ from spt_dist.sensitivity.scores import INDEX_FILE, Scores
 from spt_dist.tables import format_table
 from spt_dist.training.metrics import read_metrics
 
-METHOD_LABELS = {"linear": "linear probe", "lora": "LoRA", "spt": "SPT", "full": "full fine-tuning"}
+METHOD_LABELS = {
+    "linear": "linear probe",
+    "lora": "LoRA",
+    "spt-lora": "SPT-LoRA",
+    "spt": "SPT",
+    "full": "full fine-tuning",
+}
 
 
 def compare_runs(work_dirs: list[Path], out: Path) -> tuple[str, dict[str, Any]]:

@@ -40,7 +40,7 @@ class RunResult:
     """What a run leaves behind; ``summary.json`` in the work dir holds the same.
 
     Attributes:
-        method: "spt", "lora", "linear" or "full".
+        method: "spt-lora", "spt", "lora", "linear" or "full".
         num_trainable: trained parameters, head not counted.
         backbone_size: weights of the backbone, head not counted.
         num_head: parameters of the head.

@@ -136,6 +136,6 @@ def test_summary_agrees_with_files(runs: Runs, case: str) -> None:
     head = sum(values.numel() for name, values in trained.items() if name.startswith("state/head."))
     assert summary["num_head"] == head == 10 * (32 + 1)
     assert summary["num_trainable"] == sum(values.numel() for values in trained.values()) - head
-    assert summary["method"] == "spt"
+    assert summary["method"] == "spt-lora"
     assert summary["top1"] == [line["top1"] for line in read_lines(work_dir) if "top1" in line][-1]
     assert Path(summary["task_file"]) == work_dir / "task.safetensors"
