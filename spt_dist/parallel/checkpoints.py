@@ -6,7 +6,7 @@ fingerprint of the backbone. ``latest`` names the last complete one: it is writt
 
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,21 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class SampleOrder:
+    """What the order of the samples hangs on: a run can only be resumed with the same.
+
+    Attributes:
+        seed: of the run.
+        batch_size: samples in a step over all ranks.
+        num_train: training samples.
+    """
+
+    seed: int
+    batch_size: int
+    num_train: int
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint in memory.
 
@@ -31,7 +46,7 @@ class Checkpoint:
         plan: the plan of the run.
         fingerprint: of the untouched backbone.
         num_steps: optimizer steps done.
-        seed: of the run, which the order of the samples hangs on.
+        order: of the samples.
         path: the file.
     """
 
@@ -39,12 +54,26 @@ class Checkpoint:
     plan: Plan
     fingerprint: str
     num_steps: int
-    seed: int
+    order: SampleOrder
     path: Path
+
+    def check_order(self, order: SampleOrder) -> None:
+        """Refuse to go on with the samples in another order.
+
+        Raises:
+            UserError: names what differs.
+        """
+        mine, other = asdict(self.order), asdict(order)
+        for name, value in mine.items():
+            if value != other[name]:
+                raise UserError(
+                    f"{self.path}: written by a run with {name}={value}, this one has {name}={other[name]}; "
+                    "resume with the same, or start a new run without --resume"
+                )
 
 
 def save_checkpoint(
-    directory: Path, state: dict[str, Tensor], tuned: nn.Module, num_steps: int, seed: int, keep: int
+    directory: Path, state: dict[str, Tensor], tuned: nn.Module, num_steps: int, order: SampleOrder, keep: int
 ) -> Path:
     """Write a checkpoint, point ``latest`` at it and delete all but the last ``keep``. On rank 0 only.
 
@@ -53,7 +82,7 @@ def save_checkpoint(
         state: from ``Engine.gather_state``.
         tuned: the injected model, for its plan and fingerprint.
         num_steps: optimizer steps done.
-        seed: of the run.
+        order: of the samples.
         keep: how many checkpoints stay.
     """
     plan = tuned.spt_plan
@@ -65,7 +94,7 @@ def save_checkpoint(
         "plan": plan_metadata,
         "fingerprint": tuned.spt_fingerprint,
         "num_steps": num_steps,
-        "seed": seed,
+        "order": asdict(order),
     }
     tensors = plan_tensors | {_STATE_PREFIX + name: value for name, value in state.items()}
     path = save_tensors(directory / f"step-{num_steps:08d}.safetensors", tensors, metadata)
@@ -111,7 +140,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         name.removeprefix(_STATE_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(_STATE_PREFIX)
     }
     plan = Plan.from_tensors(tensors, metadata["plan"], path)
-    return Checkpoint(state, plan, metadata["fingerprint"], metadata["num_steps"], metadata["seed"], path)
+    order = SampleOrder(**metadata["order"])
+    return Checkpoint(state, plan, metadata["fingerprint"], metadata["num_steps"], order, path)
 
 
 def put_aside(directory: Path) -> None:

@@ -155,8 +155,9 @@ class _Collector:
     def _after_forward(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         self.calls[name] += 1
         if not output.requires_grad:
-            # With all weights frozen nothing needs gradients until the first scored layer: the graph starts here.
-            output = output.detach().requires_grad_()
+            # With all weights frozen nothing needs gradients until the first scored layer: the graph starts here. The
+            # copy is no leaf, so that an activation may work on it in place.
+            output = output.detach().requires_grad_().clone()
         inputs = args[0].detach()
         if inputs.shape[0] % self.num_samples:
             raise UserError(

@@ -22,7 +22,7 @@ from spt_dist.errors import UserError
 from spt_dist.files import save_tensors, write_text
 from spt_dist.models.classifier import build_classifier
 from spt_dist.models.matrices import take_inventory
-from spt_dist.parallel.checkpoints import Checkpoint, find_checkpoint, load_checkpoint, put_aside
+from spt_dist.parallel.checkpoints import Checkpoint, SampleOrder, find_checkpoint, load_checkpoint, put_aside
 from spt_dist.parallel.engines import OptimizerSettings, build_engine, check_engine
 from spt_dist.parallel.launch import local_device
 from spt_dist.progress import progress_bar
@@ -166,7 +166,9 @@ def run_training(config: RunConfig, config_path: str, resume: str | None = None)
     if checkpoint is None:
         put_aside(work_dir / "checkpoints")
     else:
-        _check_checkpoint(checkpoint, tuned, config)
+        if checkpoint.fingerprint != tuned.spt_fingerprint:
+            raise UserError(f"{checkpoint.path}: belongs to a backbone with other weights; check model.checkpoint")
+        checkpoint.check_order(SampleOrder(config.seed, config.train.batch_size, task.num_train))
     if scores is not None:
         scores.save(work_dir / "scores")
     if dist.get_rank() == 0:
@@ -206,20 +208,6 @@ def _check_setup(work_dir: Path, task: Task, model: nn.Module) -> None:
     found, wanted = tuple(image_CHW.shape[1:]), getattr(getattr(model, "patch_embed", None), "img_size", None)
     if wanted is not None and found != tuple(wanted):
         raise UserError(f"config: data gives images of {found} pixels, model.kwargs.img_size is {tuple(wanted)}")
-
-
-def _check_checkpoint(checkpoint: Checkpoint, tuned: nn.Module, config: RunConfig) -> None:
-    """Refuse a checkpoint that this run can't go on from.
-
-    Raises:
-        UserError: it belongs to another backbone, or to another seed, which the order of the samples hangs on.
-    """
-    if checkpoint.fingerprint != tuned.spt_fingerprint:
-        raise UserError(f"{checkpoint.path}: belongs to a backbone with other weights; check model.checkpoint")
-    if checkpoint.seed != config.seed:
-        raise UserError(
-            f"{checkpoint.path}: written by a run with seed={checkpoint.seed}, this one has seed={config.seed}"
-        )
 
 
 def _train(

@@ -13,7 +13,7 @@ from spt_dist.data.batches import Batch, GlobalBatches, load_batches
 from spt_dist.data.task import Task
 from spt_dist.errors import UserError
 from spt_dist.evaluation.classification import evaluate_top1
-from spt_dist.parallel.checkpoints import Checkpoint, save_checkpoint
+from spt_dist.parallel.checkpoints import Checkpoint, SampleOrder, save_checkpoint
 from spt_dist.parallel.engines.base import Engine
 from spt_dist.progress import progress_bar
 from spt_dist.training.metrics import MetricsFile
@@ -121,7 +121,7 @@ class Trainer:
                 state,
                 self.engine.module,
                 self.num_steps,
-                self.seed,
+                SampleOrder(self.seed, self.config.batch_size, self.task.num_train),
                 self.config.keep_checkpoints,
             )
         dist.barrier()

@@ -8,17 +8,18 @@ import pytest
 import torch
 
 from spt_dist import UserError, inject
-from spt_dist.parallel.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from spt_dist.parallel.checkpoints import SampleOrder, find_checkpoint, load_checkpoint, save_checkpoint
 from tests.models_for_tests import make_vit
 from tests.tuning.test_inject import random_plan
 
+ORDER = SampleOrder(seed=4, batch_size=16, num_train=100)
 STATE = {"param/head.weight": torch.rand(10, 24)}
 
 
 def save(folder: Path, num_steps: int) -> Path:
     """Write a checkpoint of an untrained model."""
     model = make_vit()
-    return save_checkpoint(folder, STATE, inject(model, random_plan(model, 1)), num_steps, seed=4, keep=2)
+    return save_checkpoint(folder, STATE, inject(model, random_plan(model, 1)), num_steps, ORDER, keep=2)
 
 
 def test_round_trip_and_the_last_two_are_kept(tmp_path: Path) -> None:
@@ -32,7 +33,10 @@ def test_round_trip_and_the_last_two_are_kept(tmp_path: Path) -> None:
     found = find_checkpoint("auto", tmp_path)
     assert found is not None
     checkpoint = load_checkpoint(found)
-    assert (checkpoint.num_steps, checkpoint.seed) == (1000, 4)
+    assert (checkpoint.num_steps, checkpoint.order) == (1000, ORDER)
+    checkpoint.check_order(ORDER)
+    with pytest.raises(UserError, match="with batch_size=16, this one has batch_size=8"):
+        checkpoint.check_order(SampleOrder(4, 8, 100))
     assert torch.equal(checkpoint.state["param/head.weight"], STATE["param/head.weight"])
     assert checkpoint.plan.summary() == random_plan(make_vit(), 1).summary()
 
@@ -62,7 +66,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(small_disk: Path) -> None:
     model = make_vit()
     big = {"param/head.weight": torch.rand(300, 300)}
     with pytest.raises(Exception, match="No space left"):
-        save_checkpoint(small_disk, big, inject(model, random_plan(model, 1)), 10, seed=4, keep=2)
+        save_checkpoint(small_disk, big, inject(model, random_plan(model, 1)), 10, ORDER, keep=2)
     assert find_checkpoint("auto", small_disk) == good
     assert sorted(path.name for path in small_disk.iterdir()) == ["latest", good.name]
     load_checkpoint(good)
