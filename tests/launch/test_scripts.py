@@ -125,7 +125,7 @@ def test_report_table(folder: Path, results: Mapping[str, ScriptResult]) -> None
     text = (folder / "report" / "report.txt").read_text(encoding="utf-8")
     for name in ("own", "saved"):
         summary = read_summary(folder / name)
-        (row,) = [line for line in text.splitlines() if f"SPT ({name})" in line]
+        (row,) = [line for line in text.splitlines() if f"SPT-LoRA ({name})" in line]
         assert f"{summary['num_trainable']:,}" in row
         assert f"{100 * summary['top1']:.2f}" in row
         assert row in results["report"].stdout
