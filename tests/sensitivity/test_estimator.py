@@ -128,7 +128,8 @@ def test_micro_batches_change_nothing() -> None:
 
 def test_layers_that_work_in_place_are_followed() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(inplace=True), nn.Linear(9, 9), nn.ReLU(inplace=True), nn.Linear(9, 4))
+    layers = [nn.Linear(6, 9), nn.ReLU(inplace=True), nn.Linear(9, 9), nn.ReLU(inplace=True), nn.Linear(9, 4)]
+    model = nn.Sequential(*layers)
     inputs, targets = torch.randn(5, 6), torch.randint(4, (5,))
     scores = estimate_sensitivity(model, [(inputs, targets)], F.cross_entropy)
     assert_scores(scores, one_by_one(model, inputs, targets, F.cross_entropy))
