@@ -183,7 +183,9 @@ def _build(section: Any, values: Any, prefix: str) -> Any:
 def _convert(hint: Any, value: Any, name: str) -> Any:
     if hasattr(hint, "__dataclass_fields__"):
         return _build(hint, value, name + ".")
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    # Python 3.10 reads `float | None = None` back as typing.Optional.
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    allowed = typing.get_args(hint) if is_union else (hint,)
     plain = tuple(typing.get_origin(kind) or kind for kind in allowed)
     if float in plain and type(value) is int:
         return float(value)
