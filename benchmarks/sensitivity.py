@@ -126,7 +126,7 @@ def measure(name: str, model_name: str, batch_size: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="example:\n  python benchmarks/sensitivity_pass.py --model vit_small_patch16_224 --batch-size 8",
+        epilog="example:\n  python benchmarks/sensitivity.py --model vit_small_patch16_224 --batch-size 8",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", default="vit_small_patch16_224")
