@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from spt_dist.errors import UserError
 from spt_dist.files import load_tensors
-from spt_dist.models.matrices import find_head
+from spt_dist.models.matrices import find_heads, in_modules
 
 PACKAGE_SCHEME = "package://"
 
@@ -62,13 +62,10 @@ def load_merged(model: nn.Module, location: str) -> None:
 
 def load_backbone_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """As ``load_backbone``, from a state dict in memory; ``source`` names it in errors."""
-    head = find_head(model)
-
-    def in_head(name: str) -> bool:
-        return name.startswith(("head.", "fc.")) or (head is not None and name.startswith(head + "."))
-
-    wanted = {name: tensor for name, tensor in model.state_dict().items() if not in_head(name)}
-    given = {name: tensor for name, tensor in state.items() if not in_head(name)}
+    # The file's head may be there where the model has none, and the other way round.
+    heads = {*find_heads(model), "head", "head_dist"}
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if not in_modules(name, heads)}
+    given = {name: tensor for name, tensor in state.items() if not in_modules(name, heads)}
     missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing or unexpected:
         raise UserError(

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from spt_dist.models.matrices import find_head
+from spt_dist.models.matrices import find_heads, in_modules
 
 
 def fingerprint(model: nn.Module, ignore: Iterable[str] = ()) -> str:
@@ -19,11 +19,11 @@ def fingerprint(model: nn.Module, ignore: Iterable[str] = ()) -> str:
     Returns:
         64 hexadecimal digits. Equal for a model and its copy loaded from a file.
     """
-    head = find_head(model)
+    heads = find_heads(model)
     ignored = set(ignore)
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if name in ignored or (head and name.startswith(head + ".")):
+        if name in ignored or in_modules(name, heads):
             continue
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

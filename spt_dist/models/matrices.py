@@ -5,7 +5,7 @@ timm fuses the query, key and value projections into one ``nn.Linear``; SPT deci
 is rows ``0 .. D`` of ``blocks.3.attn.qkv.weight``. Everything else keeps the module's own parameter name.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -74,7 +74,7 @@ def take_inventory(model: nn.Module) -> Inventory:
             shares one parameter between modules; or is tuned already.
     """
     _refuse_unsupported(model)
-    head_module = find_head(model)
+    heads = find_heads(model)
     head: list[str] = []
     always_tuned: list[str] = []
     skipped: dict[str, str] = {}
@@ -82,7 +82,7 @@ def take_inventory(model: nn.Module) -> Inventory:
     for module_name, module in model.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{parameter_name}".lstrip(".")
-            if head_module and (module_name == head_module or module_name.startswith(head_module + ".")):
+            if in_modules(module_name, heads):
                 head.append(name)
             elif parameter_name == "cls_token":
                 always_tuned.append(name)
@@ -110,18 +110,22 @@ def is_layer_norm(module: nn.Module) -> bool:
     return len(module.normalized_shape) == 1
 
 
-def find_head(model: nn.Module) -> str | None:
-    """Name of the classification head's module, or ``None`` for a model that has none.
+def find_heads(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules that classify; none for a model that has none.
 
-    timm models tell it through ``get_classifier()``.
+    timm models tell them through ``get_classifier()``; distilled ones have two.
     """
     get_classifier = getattr(model, "get_classifier", None)
     if not callable(get_classifier):
-        return None
-    classifier = get_classifier()
-    if not any(True for _ in classifier.parameters()):
-        return None
-    return next(name for name, module in model.named_modules() if module is classifier)
+        return ()
+    found = get_classifier()
+    heads = found if isinstance(found, tuple) else (found,)
+    return tuple(name for name, module in model.named_modules() if any(module is head for head in heads))
+
+
+def in_modules(name: str, modules: Iterable[str]) -> bool:
+    """Whether ``name`` is one of the modules or lies within one."""
+    return any(name == module or name.startswith(module + ".") for module in modules)
 
 
 def _split(

@@ -63,6 +63,8 @@ def estimate_sensitivity(
     """
     _check_options(criterion, micro_batch)
     inventory = take_inventory(model)
+    if not inventory.parameters:
+        raise UserError(f"{type(model).__name__} has no Linear or LayerNorm layer outside its head: nothing to score")
     _log_skipped(inventory)
     index = FlatIndex(
         tuple(parameter.name for parameter in inventory.parameters),

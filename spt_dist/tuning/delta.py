@@ -11,7 +11,7 @@ from spt_dist.allocation.plan import Plan
 from spt_dist.errors import UserError
 from spt_dist.files import load_tensors, save_tensors
 from spt_dist.models.fingerprint import fingerprint
-from spt_dist.models.matrices import find_head
+from spt_dist.models.matrices import find_heads
 from spt_dist.sensitivity.shards import get_rank, world_size
 from spt_dist.tuning.inject import inject, is_tuned, trainable_parameters
 
@@ -113,6 +113,6 @@ def _fit_head(backbone: nn.Module, plan: Plan, state: dict[str, Tensor], path: s
     if not biases or not callable(reset_classifier):
         return
     num_classes = len(biases[-1])
-    head = find_head(backbone)
-    if head is None or len(backbone.get_submodule(head).get_parameter("bias")) != num_classes:
+    sizes = {len(backbone.get_submodule(head).get_parameter("bias")) for head in find_heads(backbone)}
+    if sizes != {num_classes}:
         reset_classifier(num_classes)
