@@ -83,7 +83,9 @@ def run(main: Callable[[], None]) -> None:
         rank = read_environment().rank
         start_logging(rank)
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise  # not about a file: a fault, not a mistake of the user's
         # Every rank finds most mistakes, and rank 0's line is enough. Launchers end all ranks once one has ended, so
         # the others give rank 0 time to say it; if they are still here after that, the mistake is theirs alone.
         if rank:

@@ -6,6 +6,7 @@ A section is a dataclass; a key it does not have is refused with the nearest one
 
 import difflib
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -217,6 +218,22 @@ def _check_ranges(config: RunConfig) -> None:
     for name, value in at_least_one.items():
         if value < 1:
             raise UserError(f"config: {name}={value} has to be at least 1")
+    not_negative = {
+        "train.min_lr": train.min_lr,
+        "train.warmup_lr": train.warmup_lr,
+        "train.warmup_epochs": train.warmup_epochs,
+        "train.weight_decay": train.weight_decay,
+    }
+    for name, number in not_negative.items():
+        if not 0 <= number < math.inf:
+            raise UserError(f"config: {name}={number} has to be 0 or more")
+    for name, positive in {"train.lr": train.lr, "train.clip_norm": train.clip_norm}.items():
+        if positive is not None and not 0 < positive < math.inf:
+            raise UserError(f"config: {name}={positive} has to be above 0")
+    if train.warmup_epochs > train.epochs:
+        raise UserError(f"config: train.warmup_epochs={train.warmup_epochs} is more than train.epochs={train.epochs}")
+    if not 0 <= config.seed < 2**31:
+        raise UserError(f"config: seed={config.seed} has to lie between 0 and 2**31 - 1")
     for name in ("data", "method"):
         if "type" not in getattr(config, name):
             raise UserError(f"config: {name}.type is missing")

@@ -15,7 +15,7 @@ def format_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
         columns: headings.
         rows: as many cells a row as there are columns.
     """
-    table = Table(title=title, title_justify="left", title_style="")
+    table = Table()
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
     for row in rows:
@@ -23,4 +23,4 @@ def format_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
     text = StringIO()
     # Wide enough for any of our tables: a table that a log file wraps is unreadable.
     Console(file=text, width=200, color_system=None).print(table)
-    return text.getvalue().rstrip()
+    return f"{title}\n{text.getvalue().rstrip()}"

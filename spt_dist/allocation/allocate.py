@@ -28,7 +28,7 @@ def allocate(
     Args:
         scores: the result of ``estimate_sensitivity``.
         budget: the most trainable parameters, head not counted: a count, or a fraction of the backbone (a float
-            below 1). The largest set of most sensitive weights whose tuning stays within it is taken.
+            up to 1). The largest set of most sensitive weights whose tuning stays within it is taken.
         tau: instead of a budget, the number of most sensitive weights.
         structured: kind of the structured module ("lora"), or ``None`` for single weights only.
         unstructured: whether weights may be tuned one by one.

@@ -51,9 +51,12 @@ class Plan:
     def __post_init__(self) -> None:
         self.shapes = {name: tuple(shape) for name, shape in self.shapes.items()}
         for name, indices in self.sparse.items():
+            if name not in self.shapes:
+                raise UserError(f"plan: shapes[{name!r}] is missing")
             size = prod(self.shapes[name])
-            assert indices.dtype == torch.int64 and len(indices) > 0
-            assert int(indices[0]) >= 0 and int(indices[-1]) < size and bool((indices.diff() > 0).all())
+            ascending = indices.dtype == torch.int64 and len(indices) > 0 and bool((indices.diff() > 0).all())
+            if not ascending or int(indices[0]) < 0 or int(indices[-1]) >= size:
+                raise UserError(f"plan: sparse[{name!r}] has to hold ascending int64 indices between 0 and {size - 1}")
 
     @property
     def num_structured(self) -> int:
@@ -125,7 +128,7 @@ class Plan:
         try:
             content["sparse"] = {name: tensors[_SPARSE_PREFIX + name] for name in content["sparse"]}
             return cls(**content)
-        except (KeyError, TypeError, AssertionError) as error:
+        except (KeyError, TypeError, UserError) as error:
             raise UserError(f"{source}: the plan in this file is damaged ({type(error).__name__}: {error})") from error
 
     def save(self, path: str | Path) -> None:

@@ -1,6 +1,7 @@
 """What the user asks of an allocation, checked without any scores."""
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from spt_dist.allocation.costs import PRESETS, AllocationRule
 from spt_dist.errors import UserError
@@ -37,6 +38,9 @@ class AllocationRequest:
             if self.preset not in PRESETS:
                 raise UserError(f"preset={self.preset!r}: choose one of {', '.join(PRESETS)}")
             alpha, beta = PRESETS[self.preset]
+        for name, value in (("tau", self.tau), ("rank", self.rank)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+                raise UserError(f"{name}={value!r}: has to be a whole number")
         if (self.budget is None) == (self.tau is None):
             raise UserError("give either budget (trainable parameters) or tau (sensitive weights)")
         rule = AllocationRule(self.structured, self.unstructured, self.rank, alpha, beta)
@@ -47,19 +51,22 @@ def resolve_budget(budget: int | float, backbone_size: int, reserved: int) -> in
     """A budget as a number of parameters.
 
     Args:
-        budget: a count, or a fraction of the backbone if it is a float below 1.
+        budget: a count, or a fraction of the backbone if it is a float up to 1.
         backbone_size: weights of the backbone, head not counted.
         reserved: parameters that are trained whatever the scores (``cls_token``).
 
     Raises:
         UserError: not a number; below ``reserved`` and one weight; above the backbone.
     """
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or budget != budget:
+    if isinstance(budget, bool) or not isinstance(budget, Real) or budget != budget:
         raise UserError(f"budget={budget!r}: give a number of parameters or a fraction of the backbone")
     # Compared before rounding: infinity can't be rounded.
     if budget > backbone_size:
         raise UserError(f"budget={budget}: above the backbone's {backbone_size:,} weights; use full fine-tuning then")
-    limit = int(budget * backbone_size) if isinstance(budget, float) and budget < 1 else int(budget)
+    is_fraction = not isinstance(budget, Integral) and budget <= 1
+    if not is_fraction and budget != int(budget):
+        raise UserError(f"budget={budget}: a fraction lies between 0 and 1, a count is a whole number")
+    limit = int(budget * backbone_size) if is_fraction else int(budget)
     if limit < reserved + 1:
         token = f"cls_token's {reserved} parameters, which are always tuned, and one weight"
         raise UserError(

@@ -25,10 +25,12 @@ def build_digits(image_size: int = 32, num_train: int = 1000, seed: int = 0) -> 
         seed: of the split.
 
     Raises:
-        UserError: ``num_train`` leaves no image on one side.
+        UserError: ``num_train`` leaves no image on one side, or ``image_size`` is below 1.
     """
     if not 0 < num_train < NUM_DIGITS:
         raise UserError(f"config: data.num_train={num_train} has to lie between 1 and {NUM_DIGITS - 1}")
+    if image_size < 1:
+        raise UserError(f"config: data.image_size={image_size} has to be at least 1")
     digits = load_digits()
     images_N1HW = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
     images_N1HW = F.interpolate(images_N1HW, (image_size, image_size), mode="bilinear", align_corners=False)

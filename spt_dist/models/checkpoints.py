@@ -12,6 +12,7 @@ from spt_dist.files import load_tensors
 from spt_dist.models.matrices import find_heads, in_modules
 
 PACKAGE_SCHEME = "package://"
+USUAL_HEADS = ("head", "head_dist", "fc")
 
 
 def resolve_checkpoint(location: str) -> Path:
@@ -62,10 +63,14 @@ def load_merged(model: nn.Module, location: str) -> None:
 
 def load_backbone_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """As ``load_backbone``, from a state dict in memory; ``source`` names it in errors."""
-    # The file's head may be there where the model has none, and the other way round.
-    heads = {*find_heads(model), "head", "head_dist"}
+    heads = find_heads(model)
     wanted = {name: tensor for name, tensor in model.state_dict().items() if not in_modules(name, heads)}
-    given = {name: tensor for name, tensor in state.items() if not in_modules(name, heads)}
+    # The file may hold a head that the model lacks. Not everything under `head` is one: ConvNeXt's norm isn't.
+    given = {
+        name: tensor
+        for name, tensor in state.items()
+        if not in_modules(name, heads) and (name in wanted or not in_modules(name, USUAL_HEADS))
+    }
     missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing or unexpected:
         raise UserError(

@@ -38,7 +38,7 @@ def build_classifier(
         try:
             model = timm.create_model(name, num_classes=num_classes, **(kwargs or {}))
         # timm checks its arguments with whatever is at hand: assertions, and torch's own errors.
-        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
             raise UserError(f"model.kwargs={kwargs!r}: {error}") from error
     if checkpoint is not None:
         load_backbone(model, checkpoint)

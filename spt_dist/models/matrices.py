@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import prod
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from spt_dist.errors import UserError
 
@@ -71,7 +72,7 @@ def take_inventory(model: nn.Module) -> Inventory:
 
     Raises:
         UserError: the model applies weights functionally (``nn.MultiheadAttention``), which hooks cannot see;
-            shares one parameter between modules; or is tuned already.
+            shares one parameter between modules; has batch norm; or is tuned already.
     """
     _refuse_unsupported(model)
     heads = find_heads(model)
@@ -86,6 +87,9 @@ def take_inventory(model: nn.Module) -> Inventory:
                 head.append(name)
             elif parameter_name == "cls_token":
                 always_tuned.append(name)
+            elif own_name_of(module_name) == "qkv" and hasattr(model.get_submodule(parent_of(module_name)), "q_bias"):
+                # timm's BEiT and EVA read the weight and leave the module uncalled.
+                skipped[name] = "its weight is used without calling the layer"
             elif is_linear(module) or is_layer_norm(module):
                 parameters += _split(module_name, module, parameter_name, tuple(parameter.shape))
             else:
@@ -128,11 +132,21 @@ def in_modules(name: str, modules: Iterable[str]) -> bool:
     return any(name == module or name.startswith(module + ".") for module in modules)
 
 
+def parent_of(name: str) -> str:
+    """Name of the module that holds the module or parameter ``name``."""
+    return name.rpartition(".")[0]
+
+
+def own_name_of(name: str) -> str:
+    """Last part of a dotted name."""
+    return name.rpartition(".")[2]
+
+
 def _split(
     module_name: str, module: nn.Module, parameter_name: str, shape: tuple[int, ...]
 ) -> Iterator[LogicalParameter]:
-    parent, _, own_name = module_name.rpartition(".")
-    if own_name == "qkv" and is_linear(module) and shape[0] % 3 == 0:
+    parent = parent_of(module_name)
+    if own_name_of(module_name) == "qkv" and is_linear(module) and shape[0] % 3 == 0:
         out_features = shape[0] // 3
         for part, letter in enumerate("qkv"):
             name = ".".join(filter(None, (parent, letter, parameter_name)))
@@ -143,12 +157,19 @@ def _split(
 
 
 def _refuse_unsupported(model: nn.Module) -> None:
+    if hasattr(model, "spt_plan"):
+        raise UserError("this model has tuning modules already; merge it or build the backbone anew")
     owner: dict[int, str] = {}
     for module_name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             raise UserError(
                 f"{module_name}: nn.MultiheadAttention applies its weights functionally, so neither scores nor "
                 "tuning modules can reach them; use a backbone with Linear projections (timm's ViT)"
+            )
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
+            raise UserError(
+                f"{module_name}: {type(module).__name__} keeps running statistics, which change in training and which "
+                "task files don't hold; use a backbone without batch norm"
             )
         for parameter_name, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{parameter_name}".lstrip(".")

@@ -4,13 +4,10 @@
 fingerprint of the backbone. ``latest`` names the last complete one: it is written after the file it names.
 """
 
-import logging
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from spt_dist.allocation.plan import Plan
@@ -19,7 +16,6 @@ from spt_dist.files import load_tensors, save_tensors, write_text
 
 FORMAT_VERSION = 1
 _STATE_PREFIX = "engine/"
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -142,13 +138,3 @@ def load_checkpoint(path: Path) -> Checkpoint:
     plan = Plan.from_tensors(tensors, metadata["plan"], path)
     order = SampleOrder(**metadata["order"])
     return Checkpoint(state, plan, metadata["fingerprint"], metadata["num_steps"], order, path)
-
-
-def put_aside(directory: Path) -> None:
-    """Rename an earlier run's checkpoints, so that they neither mix with the new ones nor are lost. Collective."""
-    if dist.get_rank() == 0 and directory.is_dir():
-        previous = directory.with_name(directory.name + ".previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        directory.rename(previous)
-        logger.warning("%s held checkpoints; they are now in %s (--resume goes on from them)", directory, previous)
-    dist.barrier()

@@ -20,6 +20,9 @@ _LAUNCHER_VARIABLES = {
 }
 
 
+_LOCAL_SIZE_VARIABLES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+
+
 @dataclass(frozen=True)
 class LaunchEnvironment:
     """What a launcher tells one of its processes.
@@ -49,7 +52,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> LaunchEnviro
         present = [name for name in names[:2] if name in variables]
         # An sbatch script's own environment has SLURM_NTASKS without SLURM_PROCID: no task of srun, one process.
         if len(present) == 2:
-            return _read(launcher, names, variables)
+            return _read(names, variables)
         if launcher.startswith("torchrun") and present:
             missing = next(name for name in names if name not in variables)
             raise UserError(
@@ -96,22 +99,22 @@ def local_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _read(launcher: str, names: tuple[str, str, str], variables: Mapping[str, str]) -> LaunchEnvironment:
-    values = []
-    for name in names:
-        text = variables.get(name, "0")
-        if not text.isdecimal():
-            raise UserError(f"environment: {name}={text!r} (set by {launcher}) is no number")
-        values.append(int(text))
-    rank, world_size, local_rank = values
+def _read(names: tuple[str, str, str], variables: Mapping[str, str]) -> LaunchEnvironment:
+    rank, world_size, local_rank = (_number(variables, name, 0) for name in names)
     if not rank < world_size:
         raise UserError(f"environment: {names[0]}={rank} is not below {names[1]}={world_size}")
-    local_size = next((variables[name] for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in variables), "1")
+    local_size = next((_number(variables, name, 1) for name in _LOCAL_SIZE_VARIABLES if name in variables), 1)
     nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST")
     address = variables.get("MASTER_ADDR") or (_first_host(nodes) if nodes else "127.0.0.1")
-    job = int(variables.get("SLURM_JOB_ID", "9500"))
-    port = int(variables.get("MASTER_PORT", 20000 + job % 20000))
-    return LaunchEnvironment(rank, world_size, local_rank, int(local_size), address, port)
+    port = _number(variables, "MASTER_PORT", 20000 + _number(variables, "SLURM_JOB_ID", 9500) % 20000)
+    return LaunchEnvironment(rank, world_size, local_rank, local_size, address, port)
+
+
+def _number(variables: Mapping[str, str], name: str, default: int) -> int:
+    text = variables.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"environment: {name}={text!r} is no number; start through a launcher or unset it")
+    return int(text)
 
 
 def _first_host(nodes: str) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from spt_dist.errors import UserError
 from spt_dist.models.matrices import Inventory, take_inventory
+from spt_dist.sensitivity.nested import batch_size, map_tensors, micro_batches, take
 from spt_dist.sensitivity.rules import find_rule
 from spt_dist.sensitivity.scores import ScoreInfo, Scores
 from spt_dist.sensitivity.shards import FlatIndex, all_sum, reduce_to_shard
@@ -99,12 +100,16 @@ def _run_batches(
     device = next(model.parameters()).device
     num_samples = 0
     for batch in batches:
-        inputs, targets = (_map(part, lambda tensor: tensor.to(device)) for part in batch)
-        for some_inputs, some_targets in _micro_batches(inputs, targets, micro_batch):
-            collector.start(_batch_size(some_inputs))
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise UserError(f"batches: an item has to be a pair (inputs, targets), not {type(batch).__name__}")
+        inputs, targets = (map_tensors(part, lambda tensor: tensor.to(device)) for part in batch)
+        for some_inputs, some_targets in micro_batches(inputs, targets, micro_batch):
+            collector.learn_rows(take(some_inputs, slice(1)))
+            collector.start(batch_size(some_inputs))
             with torch.autocast(device.type, dtype) if dtype is not None else nullcontext():
-                loss = _total_loss(loss_fn, model(some_inputs), some_targets, collector.num_samples)
-            collector.check_all_called()
+                outputs = model(some_inputs)
+                collector.check_all_called()
+                loss = _total_loss(loss_fn, outputs, some_targets, collector.num_samples)
             (loss if collector.per_sample else loss / collector.num_samples).backward()
             num_samples += collector.num_samples
     return num_samples
@@ -119,7 +124,9 @@ class _Collector:
         self.model = model
         self.per_sample = per_sample
         self.num_samples = 0
+        self.learning = False
         self.calls: Counter[str] = Counter()
+        self.rows_of_one_sample: dict[str, int] = {}
         self.buffers: dict[str, dict[str, Tensor]] = {}
         for place, parameter in enumerate(inventory.parameters):
             if parameter.start == 0:
@@ -133,12 +140,28 @@ class _Collector:
     def attached(self) -> Iterator[None]:
         """Hooks on every scored module for the length of the block."""
         modules = [(name, self.model.get_submodule(name)) for name in self.buffers]
-        handles = [module.register_forward_hook(partial(self._after_forward, name)) for name, module in modules]
+        handles = [
+            module.register_forward_hook(partial(self._after_forward, name), with_kwargs=True)
+            for name, module in modules
+        ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    @torch.no_grad()
+    def learn_rows(self, one_sample: Any) -> None:
+        """Note, the first time, how many rows each layer's input has for one sample (windows of attention, say).
+
+        It tells layers that don't work sample by sample, whose scores would be silently wrong.
+        """
+        if self.rows_of_one_sample:
+            return
+        self.learning = True
+        with _in_mode(self.model, train=False):
+            self.model(one_sample)
+        self.learning = False
 
     def start(self, num_samples: int) -> None:
         """Begin a forward pass over ``num_samples`` samples."""
@@ -148,23 +171,35 @@ class _Collector:
     def check_all_called(self) -> None:
         """Every scored module must have run once: otherwise its scores would be silently wrong."""
         for name in self.buffers:
-            if self.calls[name] != 1:
+            if self.calls[name] == 0:
                 raise UserError(
-                    f"{name}: called {self.calls[name]} times in one forward pass; a module whose weights are used "
-                    "functionally, shared between places or re-computed (activation checkpointing) can't be scored"
+                    f"{name}: never called in the forward pass; it is unused (take it out of the model), or its weight "
+                    "is used functionally, where no score can be found"
+                )
+            if self.calls[name] > 1:
+                raise UserError(
+                    f"{name}: called {self.calls[name]} times in one forward pass; a layer that is used in several "
+                    "places can't be scored"
                 )
 
-    def _after_forward(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def _after_forward(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        if self.learning:
+            self.rows_of_one_sample[name] = len(_input_of(args, kwargs))
+            return output
         self.calls[name] += 1
         if not output.requires_grad:
             # With all weights frozen nothing needs gradients until the first scored layer: the graph starts here. The
             # copy is no leaf, so that an activation may work on it in place.
             output = output.detach().requires_grad_().clone()
-        inputs = args[0].detach()
-        if inputs.shape[0] % self.num_samples:
+        inputs = _input_of(args, kwargs).detach()
+        rows = self.rows_of_one_sample.get(name)
+        if self.per_sample and rows is not None and len(inputs) != self.num_samples * rows:
             raise UserError(
-                f"{name}: its input has shape {tuple(inputs.shape)}, whose first axis is no multiple of the "
-                f"{self.num_samples} samples of the batch; samples must lie along the outermost axis"
+                f"{name}: its input has shape {tuple(inputs.shape)} for {self.num_samples} samples and "
+                f"{rows} rows for one; samples must lie along the outermost axis. "
+                "With micro_batch=1 any layout will do"
             )
         output.register_hook(partial(self._after_backward, name, module, inputs))
         return output
@@ -179,23 +214,42 @@ class _Collector:
 @contextmanager
 def _scoring_mode(model: nn.Module, train_mode: bool) -> Iterator[None]:
     """Freeze all weights and set the mode; put everything back afterwards."""
-    training = {module: module.training for module in model.modules()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.train(train_mode)
     model.requires_grad_(False)
     try:
-        with torch.enable_grad():
+        with _in_mode(model, train_mode), torch.enable_grad():
             yield
     finally:
-        for module, was_training in training.items():
-            module.training = was_training
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def _in_mode(model: nn.Module, train: bool) -> Iterator[None]:
+    """Training or eval mode for the length of the block; each module then gets its own back."""
+    modes = {module: module.training for module in model.modules()}
+    model.train(train)
+    try:
+        yield
+    finally:
+        for module, was_training in modes.items():
+            module.training = was_training
+
+
+def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The tensor that a layer was called with."""
+    inputs: Tensor = args[0] if args else kwargs["input"]
+    return inputs
 
 
 def _total_loss(loss_fn: LossFunction, outputs: Any, targets: Any, num_samples: int) -> Tensor:
     """Sum over the batch of each sample's own loss, whatever reduction ``loss_fn`` uses."""
     losses = loss_fn(outputs, targets)
+    if not isinstance(losses, Tensor) or not losses.requires_grad:
+        raise UserError(
+            f"loss_fn returned {type(losses).__name__} that does not depend on the model's layers; it has to return a "
+            "tensor computed from the outputs, with gradients"
+        )
     if losses.ndim == 1 and len(losses) == num_samples:
         return losses.sum()
     if losses.ndim != 0:
@@ -207,37 +261,7 @@ def _total_loss(loss_fn: LossFunction, outputs: Any, targets: Any, num_samples: 
         return losses
     # A scalar may be a mean, a sum or weighted: applied to one sample at a time it is that sample's own loss.
     rows = [slice(i, i + 1) for i in range(num_samples)]
-    return torch.stack([loss_fn(_take(outputs, row), _take(targets, row)) for row in rows]).sum()
-
-
-def _micro_batches(inputs: Any, targets: Any, size: int | None) -> Iterator[tuple[Any, Any]]:
-    num_samples = _batch_size(inputs)
-    step = size or max(num_samples, 1)
-    for start in range(0, num_samples, step):
-        rows = slice(start, start + step)
-        yield _take(inputs, rows), _take(targets, rows)
-
-
-def _map(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply ``function`` to every tensor in nested tuples, lists and dicts."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, (tuple, list)):
-        return type(tree)(_map(item, function) for item in tree)
-    if isinstance(tree, dict):
-        return {key: _map(item, function) for key, item in tree.items()}
-    return tree
-
-
-def _take(tree: Any, rows: slice) -> Any:
-    return _map(tree, lambda tensor: tensor[rows])
-
-
-def _batch_size(tree: Any) -> int:
-    """Length of the first tensor of nested inputs."""
-    while not isinstance(tree, Tensor):
-        tree = next(iter(tree.values() if isinstance(tree, dict) else tree))
-    return len(tree)
+    return torch.stack([loss_fn(take(outputs, row), take(targets, row)) for row in rows]).sum()
 
 
 def _check_options(criterion: str, micro_batch: int | None) -> None:
@@ -250,6 +274,8 @@ def _check_options(criterion: str, micro_batch: int | None) -> None:
 
 
 def _log_skipped(inventory: Inventory) -> None:
+    if not inventory.head:
+        logger.warning("no classification head found (get_classifier): none is set aside to be trained whole")
     if inventory.skipped:
         listed = ", ".join(f"{name} ({reason})" for name, reason in inventory.skipped.items())
         logger.info("not scored: %s", listed)

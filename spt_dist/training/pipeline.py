@@ -22,13 +22,13 @@ from spt_dist.errors import UserError
 from spt_dist.files import save_tensors, write_text
 from spt_dist.models.classifier import build_classifier
 from spt_dist.models.matrices import take_inventory
-from spt_dist.parallel.checkpoints import Checkpoint, SampleOrder, find_checkpoint, load_checkpoint, put_aside
+from spt_dist.parallel.checkpoints import Checkpoint, SampleOrder, find_checkpoint, load_checkpoint
 from spt_dist.parallel.engines import OptimizerSettings, build_engine, check_engine
 from spt_dist.parallel.launch import local_device
 from spt_dist.progress import progress_bar
 from spt_dist.sensitivity.estimator import estimate_sensitivity
 from spt_dist.sensitivity.scores import Scores
-from spt_dist.training.record import write_record
+from spt_dist.training.record import put_aside, write_record
 from spt_dist.training.trainer import Trainer
 from spt_dist.tuning.delta import describe_delta
 from spt_dist.tuning.inject import inject, print_trainable_parameters
@@ -164,10 +164,15 @@ def run_training(config: RunConfig, config_path: str, resume: str | None = None)
     torch.manual_seed(config.seed)
     tuned = inject(model, plan)
     if checkpoint is None:
-        put_aside(work_dir / "checkpoints")
+        put_aside(work_dir)
     else:
         if checkpoint.fingerprint != tuned.spt_fingerprint:
             raise UserError(f"{checkpoint.path}: belongs to a backbone with other weights; check model.checkpoint")
+        if plan.method.split("-")[0] != config.method["type"]:
+            raise UserError(
+                f"{checkpoint.path}: written by a run with method {plan.method}, this one has "
+                f"method.type={config.method['type']!r}; resume with the same, or start a new run without --resume"
+            )
         checkpoint.check_order(SampleOrder(config.seed, config.train.batch_size, task.num_train))
     if scores is not None:
         scores.save(work_dir / "scores")
@@ -200,14 +205,21 @@ def _check_setup(work_dir: Path, task: Task, model: nn.Module) -> None:
     """Refuse what would fail in the middle of a run.
 
     Raises:
-        UserError: the work dir is a file, or the model takes images of another size than the task's.
+        UserError: the work dir is a file, or the model does not take the task's images.
     """
     if work_dir.exists() and not work_dir.is_dir():
         raise UserError(f"{work_dir}: the work dir is a file; give --work-dir a folder")
     image_CHW, _ = task.train[0]
-    found, wanted = tuple(image_CHW.shape[1:]), getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if wanted is not None and found != tuple(wanted):
-        raise UserError(f"config: data gives images of {found} pixels, model.kwargs.img_size is {tuple(wanted)}")
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(image_CHW.unsqueeze(0))
+    # timm checks the size by assertion, torch's layers the channels with errors of their own.
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(
+            f"config: the model does not take the data's images of shape {tuple(image_CHW.shape)} ({error}); "
+            "make data.image_size and model.kwargs.img_size agree"
+        ) from error
 
 
 def _train(

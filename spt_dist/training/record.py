@@ -1,7 +1,9 @@
 """What a run was: the merged config, the versions and the code, for whoever finds the work dir later."""
 
 import json
+import logging
 import platform
+import shutil
 import subprocess
 from dataclasses import asdict
 from importlib.metadata import version
@@ -13,7 +15,34 @@ import torch.distributed as dist
 from spt_dist.config import RunConfig
 from spt_dist.files import write_text
 
+ARTEFACTS = (
+    "run.json",
+    "scores",
+    "plan.safetensors",
+    "metrics.jsonl",
+    "checkpoints",
+    "task.safetensors",
+    "summary.json",
+    "merged.safetensors",
+)
+logger = logging.getLogger(__name__)
 PACKAGES = ("spt_dist", "torch", "timm", "deepspeed", "mmengine", "numpy")
+
+
+def put_aside(work_dir: Path) -> None:
+    """Move what an earlier run left to ``previous/``: it must neither mix with the new run nor be lost. Collective.
+
+    What was in ``previous/`` goes.
+    """
+    found = [work_dir / name for name in ARTEFACTS if (work_dir / name).exists()]
+    if dist.get_rank() == 0 and found:
+        previous = work_dir / "previous"
+        shutil.rmtree(previous, ignore_errors=True)
+        previous.mkdir()
+        for path in found:
+            path.rename(previous / path.name)
+        logger.warning("%s held an earlier run; it is now in %s (--resume goes on instead)", work_dir, previous)
+    dist.barrier()
 
 
 def write_record(work_dir: Path, config: RunConfig, config_path: str) -> None:

@@ -108,11 +108,11 @@ def backbone_name(model: nn.Module) -> str:
 
 def _fit_head(backbone: nn.Module, plan: Plan, state: dict[str, Tensor], path: str | Path) -> None:
     """Give the backbone a head with the task's number of classes."""
-    biases = [state[name] for name in plan.head if name.endswith("bias")]
+    weights = [state[name] for name in plan.head if name.endswith("weight")]
     reset_classifier = getattr(backbone, "reset_classifier", None)
-    if not biases or not callable(reset_classifier):
+    if not weights or not callable(reset_classifier):
         return
-    num_classes = len(biases[-1])
-    sizes = {len(backbone.get_submodule(head).get_parameter("bias")) for head in find_heads(backbone)}
+    num_classes = len(weights[-1])
+    sizes = {len(backbone.get_submodule(head).get_parameter("weight")) for head in find_heads(backbone)}
     if sizes != {num_classes}:
         reset_classifier(num_classes)

@@ -23,7 +23,7 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., I)`` to ``(..., O)``."""
-        return x @ self.down.mT @ self.up.mT
+        return x @ self.down.mT.to(x.dtype) @ self.up.mT.to(x.dtype)
 
     def delta(self) -> Tensor:
         """The update of the weight, ``(O, I)`` float64."""

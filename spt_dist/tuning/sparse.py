@@ -20,6 +20,7 @@ class SparseBlock(nn.Module):
     def __init__(self, positions: Tensor, in_features: int, device: torch.device | None = None) -> None:
         """``positions``: int64 flat row-major positions in the matrix, without repetition, at least one."""
         super().__init__()
+        self.in_features = in_features
         positions = positions.to(device)
         rows, row_of = torch.unique(positions // in_features, return_inverse=True)
         columns, column_of = torch.unique(positions % in_features, return_inverse=True)
@@ -37,7 +38,7 @@ class SparseBlock(nn.Module):
 
     def add_to(self, outputs: Tensor, x: Tensor) -> Tensor:
         """Add the update ``(..., out_features)`` for the layer's input ``x`` ``(..., in_features)`` in place."""
-        update = x.index_select(-1, self.columns) @ self.block().mT
+        update = x.index_select(-1, self.columns) @ self.block().mT.to(x.dtype)
         return outputs.index_add_(-1, self.rows, update.to(outputs.dtype))
 
     def add_to_weight(self, weight: Tensor) -> None:

@@ -111,6 +111,8 @@ def test_a_fraction_is_of_the_backbone() -> None:
     scores = make_scores()
     plan = allocate(scores, budget=0.25, rank=1)
     assert what(plan) == what(allocate(scores, budget=100, rank=1))
+    assert what(allocate(scores, budget=1.0, rank=1)) == what(allocate(scores, budget=BACKBONE, rank=1))
+    assert what(allocate(scores, budget=1e2, rank=1)) == what(plan)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +123,9 @@ def test_a_fraction_is_of_the_backbone() -> None:
         ({"budget": 0}, "budget=0: 0 parameters are not enough for cls_token's 5"),
         ({"budget": 5}, "give at least 6"),
         ({"budget": 1e-6}, "budget=1e-06"),
+        ({"budget": 30.5}, "a count is a whole number"),
+        ({"tau": 10.5}, "tau=10.5: has to be a whole number"),
+        ({"tau": 3, "rank": "8"}, "rank='8': has to be a whole number"),
         ({"budget": BACKBONE + 1}, "above the backbone's 400 weights"),
         ({"budget": -3}, "budget=-3"),
         ({"budget": "0.4M"}, "budget='0.4M'"),

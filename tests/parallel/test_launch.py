@@ -47,7 +47,8 @@ def test_open_mpi() -> None:
     ("change", "message"),
     [
         ({"RANK": "4"}, "RANK=4 is not below WORLD_SIZE=4"),
-        ({"RANK": "one"}, "RANK='one' .* is no number"),
+        ({"RANK": "one"}, "RANK='one' is no number"),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT='abc' is no number"),
         ({"WORLD_SIZE": None}, "RANK is set but WORLD_SIZE is not"),
     ],
 )

@@ -1,6 +1,7 @@
 """Stage 1 against a loop over single samples in float64."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -110,9 +111,12 @@ def test_key_bias_is_insensitive() -> None:
     model = make_vit()
     images, labels = make_samples(4)
     wanted = one_by_one(model, images, labels, F.cross_entropy)
+    scores = estimate_sensitivity(model, [(images, labels)], F.cross_entropy)
     for block in range(2):
         _, k, v = wanted[f"blocks.{block}.attn.qkv.bias"].chunk(3)
         assert float(k.max()) < 1e-20 * float(v.max())
+        found = scores[f"blocks.{block}.attn.k.bias"]
+        assert float(found.max()) < 1e-9 * float(scores[f"blocks.{block}.attn.v.bias"].max())
 
 
 def test_micro_batches_change_nothing() -> None:
@@ -196,11 +200,21 @@ class Functional(Twice):
         return F.linear(x, self.layer.weight)
 
 
+class TokensFirst(Twice):
+    """A model whose layer sees six tokens along axis 0 and the samples along axis 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, 4)`` to ``(B, 4)``."""
+        return self.layer(x.expand(6, *x.shape)).mean(dim=0)
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
         (Twice(), "layer: called 2 times"),
-        (Functional(), "layer: called 0 times"),
+        (Functional(), "layer: never called"),
+        (TokensFirst(), r"layer: its input has shape \(6, 3, 4\) for 3 samples and 6 rows for one"),
+        (nn.Flatten(), "no Linear or LayerNorm"),
         (nn.Sequential(nn.Linear(4, 4), nn.TransformerEncoderLayer(4, 1)), r"1\.self_attn: nn\.MultiheadAttention"),
     ],
 )
@@ -219,6 +233,39 @@ def test_bad_calls_are_refused() -> None:
         estimate_sensitivity(model, [batch], F.cross_entropy, criterion="batch", micro_batch=2)
     with pytest.raises(UserError, match=r"loss_fn returned shape \(3, 10\)"):
         estimate_sensitivity(model, [batch], lambda outputs, _: outputs)
+    with pytest.raises(UserError, match="loss_fn returned Tensor that does not depend"):
+        estimate_sensitivity(model, [batch], lambda outputs, _: outputs.detach().sum())
+    with pytest.raises(UserError, match=r"has to be a pair \(inputs, targets\), not Tensor"):
+        estimate_sensitivity(model, batch, F.cross_entropy)  # type: ignore[arg-type]
+
+
+class TakesDict(nn.Module):
+    """A model whose input is a dict, as tokenizers make it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """``batch["x"]`` ``(B, 4)`` to ``{"logits": (B, 3)}``; the layer is called by keyword."""
+        return {"logits": self.layer(input=batch["x"]) * batch["scale"]}
+
+
+def test_nested_inputs_and_outputs() -> None:
+    torch.manual_seed(0)
+    model, x, y = TakesDict(), torch.randn(5, 4), torch.randint(3, (5,))
+    inputs = {"id": "a name", "scale": torch.tensor(2.0), "x": x}
+    scores = estimate_sensitivity(
+        model, [(inputs, y)], lambda outputs, targets: F.cross_entropy(outputs["logits"], targets), micro_batch=2
+    )
+
+    def scaled_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(2 * outputs, targets)
+
+    wanted = one_by_one(model.layer, x, y, scaled_loss)
+    assert scores.num_samples == 5
+    assert relative_error(scores["layer.weight"], wanted["weight"]) < TOLERANCE
+    assert relative_error(scores["layer.bias"], wanted["bias"]) < TOLERANCE
 
 
 def test_scores_that_are_not_finite_name_the_layer() -> None:

@@ -23,7 +23,8 @@ from spt_dist import (
 )
 from spt_dist.models.matrices import take_inventory
 from spt_dist.tuning.methods import make_plan
-from tests.models_for_tests import fused, make_samples, make_vit, pick
+from spt_dist.tuning.vectors import VectorDelta
+from tests.models_for_tests import make_samples, make_vit, pick
 
 
 def random_plan(model: nn.Module, seed: int) -> Plan:
@@ -107,7 +108,7 @@ def check_changed_weights(before: dict[str, Tensor], after: dict[str, Tensor], p
 
 
 def test_gradients_equal_those_of_dense_weights() -> None:
-    """A sparse value's gradient is the dense weight gradient at its place; a vector's likewise."""
+    """A tuned value's gradient is the dense weight gradient at its place, fused projections included."""
     model, (images, labels) = make_vit(), make_samples(5)
     dense = make_vit()
     F.cross_entropy(dense(images), labels).backward()
@@ -116,18 +117,28 @@ def test_gradients_equal_those_of_dense_weights() -> None:
     plan.matrices.clear()
     tuned = inject(model, plan)
     F.cross_entropy(tuned(images), labels).backward()
-    checked = 0
-    for name, indices in plan.sparse.items():
-        if "qkv" in name or fused(name):
+    checked = set()
+    for parameter in take_inventory(make_vit()).parameters:
+        name = parameter.name
+        if name not in plan.vectors and name not in plan.sparse:
             continue
-        module, _, parameter = name.rpartition(".")
-        layer = tuned.get_submodule(module)
-        norm = isinstance(layer, nn.LayerNorm)
-        holder = {"weight": "weight_delta" if norm else "sparse", "bias": "bias_delta"}[parameter]
-        found = layer.get_submodule(holder).values.grad
-        assert torch.allclose(found, gradients[name].flatten()[indices], rtol=1e-4, atol=1e-6), name
-        checked += 1
-    assert checked >= 4
+        positions = plan.sparse.get(name, torch.arange(parameter.numel))
+        layer = tuned.get_submodule(parameter.module)
+        weight_holder = "weight_delta" if isinstance(layer, nn.LayerNorm) else "sparse"
+        holder = layer.get_submodule({"weight": weight_holder, "bias": "bias_delta"}[parameter.parameter])
+        found = dict(zip(places_of(holder), holder.values.grad.tolist(), strict=True))
+        offset = parameter.start * (parameter.shape[1] if parameter.is_matrix else 1)
+        mine = torch.tensor([found[int(place) + offset] for place in positions])
+        assert torch.allclose(mine, pick(gradients, name).flatten()[positions], rtol=1e-4, atol=1e-6), name
+        checked.add((parameter.parameter, weight_holder, parameter.start > 0))
+    assert {("weight", "sparse", True), ("bias", "sparse", True), ("weight", "weight_delta", False)} <= checked
+
+
+def places_of(holder: nn.Module) -> list[int]:
+    """Flat places in the layer's own parameter of a holder's values."""
+    if isinstance(holder, VectorDelta):
+        return holder.positions.tolist()
+    return (holder.rows[holder.row_of] * holder.in_features + holder.columns[holder.column_of]).tolist()
 
 
 def test_frozen_weights_get_no_gradient_and_keep_their_names() -> None:
@@ -161,6 +172,16 @@ def test_merge_rounds_once_in_bfloat16() -> None:
     merged = merge(tuned)
     assert merged.get_parameter("blocks.0.mlp.fc1.weight").dtype == torch.bfloat16
     assert (merged(images).float() - outputs).abs().max() < 0.1 * outputs.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_backbones_of_other_dtypes_train_without_autocast(dtype: torch.dtype) -> None:
+    model, (images, labels) = make_vit().to(dtype), make_samples(3)
+    wanted = model(images.to(dtype))
+    tuned = inject(model, random_plan(model, 5))
+    assert torch.equal(tuned(images.to(dtype)), wanted)
+    F.cross_entropy(tuned(images.to(dtype)), labels).backward()
+    assert all(parameter.grad is not None for _, parameter in trainable_parameters(tuned))
 
 
 def test_autocast_trains() -> None:
