@@ -9,6 +9,7 @@ from spt_dist import UserError
 from spt_dist.config import load_config
 from spt_dist.data.tasks import build_task
 from spt_dist.training.pipeline import check_config
+from tests.launch.processes import ROOT
 from tests.launch.runs import write_config
 
 
@@ -168,3 +169,18 @@ def test_configs_that_ship_are_in_order() -> None:
     assert len(paths) >= 4
     for path in paths:
         check_config(load_config(path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train.lr": -1.0}, r"train\.lr=-1\.0 has to be above 0"),
+        ({"train.clip_norm": -1.0}, r"train\.clip_norm=-1\.0 has to be above 0"),
+        ({"train.weight_decay": -0.1}, r"train\.weight_decay=-0\.1 has to be 0 or more"),
+        ({"train.warmup_epochs": 99.0}, r"train\.warmup_epochs=99\.0 is more than train\.epochs"),
+        ({"seed": 2**31}, r"seed=2147483648 has to lie between"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(ROOT / "configs" / "quickstart" / "digits_spt_lora.py", options)

@@ -70,6 +70,15 @@ MISTAKES = {
         TRAIN + f"--resume {{here}}/run/checkpoints/step-{NUM_STEPS:08d}.safetensors {OPTIONS} seed=1",
         r"seed=0, this one has seed=1",
     ),
+    "resume with other method": Mistake(
+        TRAIN + f"--resume {{here}}/run/checkpoints/step-{NUM_STEPS:08d}.safetensors "
+        f"{OPTIONS} method._delete_=True method.type=linear",
+        r"written by a run with method spt-lora, this one has method.type='linear'",
+    ),
+    "work dir can't be made": Mistake("train.py {here}/tiny.py --work-dir /proc/nowhere", r"/proc/nowhere"),
+    "merge into a folder": Mistake(
+        "merge.py {here}/run/task.safetensors --config {here}/tiny.py --out {here}/run", r"Is a directory: .*run"
+    ),
     "merge into other backbone": Mistake(
         "merge.py {here}/run/task.safetensors --config {here}/tiny.py --out {here}/merged.safetensors "
         f"{OPTIONS} model.checkpoint={{here}}/other.safetensors",
