@@ -6,7 +6,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from mmengine.config import DictAction
@@ -100,17 +99,6 @@ def start_logging(rank: int) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("spt_dist").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def existing_file(path: str, what: str) -> Path:
-    """``path`` if there is such a file.
-
-    Raises:
-        UserError: there is none.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; expected {what}")
-    return Path(path)
 
 
 def describe(values: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Fold a task file into its backbone: a plain timm checkpoint at no extra inference cost."""
 
-from _cli import add_config_options, describe, existing_file, make_parser, read_config, run
+from _cli import add_config_options, describe, make_parser, read_config, run
 from spt_dist import load_delta, merge
 from spt_dist.files import save_tensors
 from spt_dist.training.pipeline import build_model
@@ -17,7 +17,6 @@ def main() -> None:
     add_config_options(parser, positional=False)
     parser.add_argument("--out", required=True, metavar="FILE", help="the merged state dict, safetensors")
     arguments = parser.parse_args()
-    existing_file(arguments.task, "a task file written by launch/train.py")
     config = read_config(arguments)
     merged = merge(load_delta(build_model(config), arguments.task))
     path = save_tensors(arguments.out, merged.state_dict(), {"kind": "merged", "model": config.model.name})

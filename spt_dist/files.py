@@ -87,15 +87,11 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
             metadata = json.loads((file.metadata() or {}).get("spt_dist", "{}"))
             found = metadata.get("kind")
             if found != kind:
-                raise UserError(f"{path}: this is {describe_kind(found)}, not a {kind} file of spt_dist")
+                what = f"a {found} file" if found else "a safetensors file without spt_dist metadata"
+                raise UserError(f"{path}: this is {what}, not a {kind} file of spt_dist")
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}); it may be truncated") from error
-
-
-def describe_kind(kind: str | None) -> str:
-    """Name a file kind in a sentence: "a plan file", or what it is when no kind is recorded."""
-    return f"a {kind} file" if kind else "a safetensors file without spt_dist metadata"
 
 
 def _sync(path: Path) -> None:

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from spt_dist.data.batches import GlobalBatches, load_batches
 from spt_dist.data.task import Task
+from spt_dist.sensitivity.shards import all_sum, get_rank, world_size
 
 
 @torch.no_grad()
@@ -26,9 +26,7 @@ def evaluate_top1(
     Returns:
         Between 0 and 1, the same on every rank.
     """
-    distributed = dist.is_initialized()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    batches = GlobalBatches(task.num_val, batch_size, rank, world_size)
+    batches = GlobalBatches(task.num_val, batch_size, get_rank(), world_size())
     counts = torch.zeros(2, dtype=torch.float64, device=device)
     was_training = module.training
     module.eval()
@@ -36,6 +34,5 @@ def evaluate_top1(
         hits = forward(batch.inputs).argmax(dim=-1) == batch.targets
         counts += torch.stack([(hits * batch.weights).sum(), batch.weights.sum()])
     module.train(was_training)
-    if distributed:
-        dist.all_reduce(counts)
+    all_sum(counts)
     return float(counts[0] / counts[1])
