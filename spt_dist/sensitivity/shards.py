@@ -1,6 +1,6 @@
 """The score buffer: one flat index space over all eligible weights, owned in equal contiguous parts by the ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -32,6 +32,14 @@ def all_sum(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def all_max(value: int) -> int:
+    """The largest value of any rank."""
+    largest = torch.tensor(value, device=collective_device())
+    if world_size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
 
 
 @dataclass(frozen=True)
@@ -94,25 +102,33 @@ class ScoreShard:
         return all_sum(whole).view(self.index.shapes[place])
 
 
+def restrict(shard: ScoreShard, names: Collection[str]) -> ScoreShard:
+    """The scores of some names alone: a smaller index space, in which each rank keeps what it owns of them.
+
+    No communication: a rank's part stays contiguous, but the parts become uneven, and any of them may be empty. The
+    values are a view of the shard's unless the names left out lie between others that this rank owns.
+
+    Args:
+        shard: the scores.
+        names: which to keep, from ``shard.index.names``; they stay in the order of the index.
+    """
+    index = shard.index
+    kept = sorted({index.position[name] for name in names})
+    if len(kept) == len(index.names):
+        return shard
+    smaller = FlatIndex(tuple(index.names[place] for place in kept), tuple(index.shapes[place] for place in kept))
+    start = sum(min(index.offsets[place + 1], shard.start) - min(index.offsets[place], shard.start) for place in kept)
+    mine = set(kept)
+    parts = [part for place, part, _ in shard.segments() if place in mine]
+    if not parts:
+        return ScoreShard(smaller, start, shard.values[:0])
+    whole = slice(parts[0].start, parts[-1].stop)
+    if whole.stop - whole.start == sum(part.stop - part.start for part in parts):
+        return ScoreShard(smaller, start, shard.values[whole])
+    return ScoreShard(smaller, start, torch.cat([shard.values[part] for part in parts]))
+
+
 def shard_bounds(total: int, num_shards: int, shard: int) -> tuple[int, int]:
     """``(start, stop)`` of one of ``num_shards`` equal contiguous parts of ``total`` positions."""
     size = -(-total // num_shards)
     return min(shard * size, total), min((shard + 1) * size, total)
-
-
-def reduce_to_shard(index: FlatIndex, local: Tensor) -> ScoreShard:
-    """Sum the ranks' local score buffers and keep this rank's part.
-
-    Args:
-        index: the flat index space.
-        local: ``(index.total,)`` fp32, this rank's sums over its own samples.
-    """
-    size = world_size()
-    start, stop = shard_bounds(index.total, size, get_rank())
-    if size == 1:
-        return ScoreShard(index, 0, local)
-    length = -(-index.total // size)
-    padded = torch.nn.functional.pad(local, (0, length * size - index.total))
-    part = torch.empty(length, dtype=local.dtype, device=local.device)
-    dist.reduce_scatter_single(part, padded)
-    return ScoreShard(index, start, part[: stop - start].clone())
