@@ -13,17 +13,28 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from spt_dist.errors import UserError
+from spt_dist.models.layers import is_linear
 
 
 @dataclass(frozen=True)
 class LogicalParameter:
-    """Rows ``start .. start + shape[0]`` of one parameter of one module."""
+    """Rows ``start .. start + shape[0]`` of one parameter of one module.
+
+    Attributes:
+        name: the logical name.
+        module, parameter: where it is: the module's name in the model, and the parameter's own name in it.
+        start: the first row.
+        shape: of these rows.
+        is_matrix: whether it can take a structured module (LoRA): the ``(out_features, in_features)`` weight of a
+            Linear layer.
+    """
 
     name: str
     module: str
     parameter: str
     start: int
     shape: tuple[int, ...]
+    is_matrix: bool
 
     @property
     def numel(self) -> int:
@@ -35,21 +46,16 @@ class LogicalParameter:
         """The rows of the module's parameter that this is."""
         return slice(self.start, self.start + self.shape[0])
 
-    @property
-    def is_matrix(self) -> bool:
-        """Whether it can take a structured module (LoRA): a weight of two axes ``(out_features, in_features)``."""
-        return len(self.shape) == 2
-
 
 @dataclass(frozen=True)
 class Inventory:
     """What SPT can do with a model.
 
     Attributes:
-        parameters: everything that is scored and may be chosen, in the model's own order.
-        skipped: the other parameters, ``name -> reason``.
+        parameters: everything outside the head that can be scored, in the model's own order.
+        skipped: the other parameters outside the head, ``name -> reason``.
         head: parameters of the classification head: always trained, never counted.
-        always_tuned: backbone parameters that SPT always trains and counts (``cls_token``).
+        always_tuned: those of ``parameters`` that SPT always trains and counts, whatever their scores (``cls_token``).
         backbone_size: number of weights outside the head.
     """
 
@@ -67,8 +73,8 @@ class Inventory:
 def take_inventory(model: nn.Module) -> Inventory:
     """List the logical parameters of ``model``.
 
-    ``nn.Linear`` and ``nn.LayerNorm`` outside the head are eligible (exact types and timm's equal-valued
-    LayerNorm; other subclasses may compute something else and are listed under ``skipped``).
+    Parameters of layers of a known kind (see ``models.layers``) are scored from the layer's inputs and outputs, all
+    others from the operations that use them (``cls_token``, ``pos_embed``, layer scales, relative position tables).
 
     Raises:
         UserError: the model applies weights functionally (``nn.MultiheadAttention``), which hooks cannot see;
@@ -80,38 +86,27 @@ def take_inventory(model: nn.Module) -> Inventory:
     always_tuned: list[str] = []
     skipped: dict[str, str] = {}
     parameters: list[LogicalParameter] = []
+    size = 0
     for module_name, module in model.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{parameter_name}".lstrip(".")
             if in_modules(module_name, heads):
                 head.append(name)
-            elif parameter_name == "cls_token":
+                continue
+            size += prod(whole_shape(parameter))
+            if parameter_name == "cls_token":
                 always_tuned.append(name)
-            elif own_name_of(module_name) == "qkv" and hasattr(model.get_submodule(parent_of(module_name)), "q_bias"):
+            if is_linear(module) and _used_by_parent(model, module_name):
                 # timm's BEiT and EVA read the weight and leave the module uncalled.
                 skipped[name] = "its weight is used without calling the layer"
-            elif is_linear(module) or is_layer_norm(module):
-                parameters += _split(module_name, module, parameter_name, tuple(parameter.shape))
             else:
-                skipped[name] = f"no rule for {type(module).__name__}"
-    in_head = set(head)
-    size = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in in_head)
+                parameters += _split(module_name, module, parameter_name, whole_shape(parameter))
     return Inventory(parameters, skipped, head, always_tuned, size)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether the module computes exactly ``x W^T + b``."""
-    return type(module) is nn.Linear
-
-
-def is_layer_norm(module: nn.Module) -> bool:
-    """Whether the module is a layer norm over the last axis: ``nn.LayerNorm`` or timm's class of the same values."""
-    from timm.layers import LayerNorm as TimmLayerNorm
-
-    if type(module) not in (nn.LayerNorm, TimmLayerNorm):
-        return False
-    assert isinstance(module, nn.LayerNorm)
-    return len(module.normalized_shape) == 1
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """A parameter's shape, also where an engine has spread it over the ranks (FSDP2, ZeRO-3)."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def find_heads(model: nn.Module) -> tuple[str, ...]:
@@ -142,18 +137,28 @@ def own_name_of(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+def _used_by_parent(model: nn.Module, module_name: str) -> bool:
+    return own_name_of(module_name) == "qkv" and hasattr(model.get_submodule(parent_of(module_name)), "q_bias")
+
+
 def _split(
     module_name: str, module: nn.Module, parameter_name: str, shape: tuple[int, ...]
 ) -> Iterator[LogicalParameter]:
-    parent = parent_of(module_name)
+    is_matrix = is_linear(module) and parameter_name == "weight"
     if own_name_of(module_name) == "qkv" and is_linear(module) and shape[0] % 3 == 0:
-        out_features = shape[0] // 3
+        rows = shape[0] // 3
         for part, letter in enumerate("qkv"):
-            name = ".".join(filter(None, (parent, letter, parameter_name)))
-            yield LogicalParameter(name, module_name, parameter_name, part * out_features, (out_features, *shape[1:]))
+            name = logical_name(parent_of(module_name), letter, parameter_name)
+            yield LogicalParameter(name, module_name, parameter_name, part * rows, (rows, *shape[1:]), is_matrix)
     else:
-        name = f"{module_name}.{parameter_name}".lstrip(".")
-        yield LogicalParameter(name, module_name, parameter_name, 0, shape)
+        name = logical_name(module_name, parameter_name)
+        yield LogicalParameter(name, module_name, parameter_name, 0, shape, is_matrix)
+
+
+def logical_name(*parts: str) -> str:
+    """Dotted name of the parts, without what torch's activation checkpointing and compilation put between."""
+    name = ".".join(filter(None, parts))
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def _refuse_unsupported(model: nn.Module) -> None:

@@ -1,52 +1,58 @@
 """Stage 1: one pass over some samples that scores every eligible weight.
 
-With all weights frozen, the backward pass computes gradients of activations only. A hook on each layer sees its
-input and the gradient of its output, from which a rule forms that layer's per-sample squared gradients on the spot:
-the arithmetic of an ordinary backward, and no parameter ever gets a ``.grad``.
+With all weights frozen, the backward pass computes gradients of activations only. A tap on each layer sees its input
+and the gradient of its output, from which a rule forms that layer's per-sample squared gradients on the spot: the
+arithmetic of an ordinary backward, and no parameter ever gets a ``.grad``. Parameters outside such layers are followed
+from the operations that use them.
 """
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial
-from math import prod
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import nn
 
 from spt_dist.errors import UserError
-from spt_dist.models.matrices import Inventory, take_inventory
-from spt_dist.sensitivity.nested import batch_size, map_tensors, micro_batches, take
-from spt_dist.sensitivity.rules import find_rule
+from spt_dist.models.matrices import take_inventory
+from spt_dist.models.wrappers import is_sharded, unwrap
+from spt_dist.sensitivity.diagnosis import NotFiniteError, explain, find_loss_scale, is_half
+from spt_dist.sensitivity.losses import LossFunction
+from spt_dist.sensitivity.memory import count_saved_bytes
+from spt_dist.sensitivity.modes import scoring_mode
+from spt_dist.sensitivity.nested import batch_size, map_tensors
 from spt_dist.sensitivity.scores import ScoreInfo, Scores
-from spt_dist.sensitivity.shards import FlatIndex, all_sum, reduce_to_shard
+from spt_dist.sensitivity.scoring import PassOptions, ScoringPass
+from spt_dist.sensitivity.shards import all_max, all_sum, get_rank, world_size
+from spt_dist.sensitivity.streams import Batch, in_lockstep, micro_batches
 
 CRITERIA = ("per_sample", "batch")
-LossFunction = Callable[[Any, Any], Tensor]
 logger = logging.getLogger(__name__)
 
 
 def estimate_sensitivity(
     model: nn.Module,
-    batches: Iterable[tuple[Any, Any]],
+    batches: Iterable[Batch],
     loss_fn: LossFunction,
     criterion: str = "per_sample",
     *,
     train_mode: bool = False,
     dtype: torch.dtype | None = None,
     micro_batch: int | None = None,
+    memory_limit: int | None = None,
+    shard_sums: bool | None = None,
     sample_ids: list[int] | None = None,
 ) -> Scores:
     """Score every eligible weight of ``model``: ``s_n = sum_i (dE_i / dw_n)^2`` (SPT, Algorithm 1).
 
-    ``E_i`` is the loss of sample ``i`` alone, whatever the reduction of ``loss_fn``; so scores do not depend on how
-    samples are batched or spread over ranks, up to rounding. With several ranks every rank passes its own share of
-    the samples (shares may differ in size) and the result is their sum.
+    ``E_i`` is the loss of sample ``i`` alone, whatever the reduction of ``loss_fn``: scores refer to the sum-reduced
+    loss, and do not depend on how samples are batched or spread over ranks, up to rounding. With several ranks every
+    rank passes its own share of the samples (shares may differ in size) and the result is their sum.
 
     Args:
-        model: any module whose layers the rules cover; left as it was. Samples lie along axis 0.
+        model: any module whose layers the rules cover, also inside DistributedDataParallel, sharded by FSDP2 or in
+            DeepSpeed's engine; left as it was. Samples lie along axis 0.
         batches: yields ``(inputs, targets)``: tensors, or tuples, lists and dicts of them.
         loss_fn: ``loss_fn(outputs, targets)`` returns a scalar or one value a sample, shape ``(B,)``.
         criterion: "per_sample"; or "batch": the square of the gradient of the mean loss over each item of
@@ -54,228 +60,144 @@ def estimate_sensitivity(
         train_mode: run with dropout and drop-path active.
         dtype: run forward and backward under autocast to this dtype; scores are summed in fp32.
         micro_batch: split batches to at most this many samples at a time to save memory ("per_sample" only).
+        memory_limit: split them so that a micro-batch keeps at most this many bytes of activations for its backward
+            pass, as far as the first sample tells ("per_sample" only).
+        shard_sums: whether each rank keeps a part of the sums (N / W floats and two buckets of 32 MiB; ranks run in
+            lockstep) or all of them (N floats; one exchange at the end). ``None`` shards them for models whose
+            parameters are sharded. The log tells which.
         sample_ids: ids of all samples, to be saved with the scores.
 
     Returns:
         The scores, in equal parts over the ranks.
 
     Raises:
-        UserError: no samples; an unknown criterion; a model that cannot be scored; a score that is not finite.
+        UserError: no samples; an unknown criterion; a model that cannot be scored. On every rank alike, naming layer,
+            rank and sample (``NotFiniteError``), if a score comes out NaN or infinite.
     """
-    _check_options(criterion, micro_batch)
+    _check_options(criterion, micro_batch, memory_limit)
+    model = unwrap(model)
     inventory = take_inventory(model)
     if not inventory.parameters:
-        raise UserError(f"{type(model).__name__} has no Linear or LayerNorm layer outside its head: nothing to score")
-    _log_skipped(inventory)
-    index = FlatIndex(
-        tuple(parameter.name for parameter in inventory.parameters),
-        tuple(parameter.shape for parameter in inventory.parameters),
-    )
+        raise UserError(f"{type(model).__name__} has no weight outside its head: nothing to score")
     device = next(model.parameters()).device
-    local = torch.zeros(index.total, dtype=torch.float32, device=device)
-    collector = _Collector(model, inventory, index, local, per_sample=criterion == "per_sample")
-    with _scoring_mode(model, train_mode), collector.attached():
-        num_samples = _run_batches(model, batches, loss_fn, collector, dtype, micro_batch)
-    total = int(all_sum(torch.tensor(num_samples, device=device)))
-    if total == 0:
-        raise UserError("batches is empty: the sensitivity needs at least one sample")
-    shapes = {name: list(model.get_parameter(name).shape) for name in inventory.always_tuned}
+    options = PassOptions(criterion == "per_sample", dtype, shard_sums)
+    scoring = ScoringPass(model, inventory, loss_fn, options, device)
+    run = _Run(scoring, options, device, micro_batch, memory_limit)
+    with scoring_mode(model, train_mode), scoring.attached():
+        run.over(batches)
+    shard = scoring.finish()
+    total = int(all_sum(torch.tensor(run.num_samples, device=device)))
+    _log_skipped(inventory.head, scoring.skipped)
+    shapes = {item.name: list(item.shape) for item in inventory.parameters}
     info = ScoreInfo(
-        criterion, total, train_mode, inventory.head, shapes, inventory.skipped, inventory.backbone_size, sample_ids
+        criterion=criterion,
+        loss_reduction="sum" if options.per_sample else "mean",
+        num_samples=total,
+        train_mode=train_mode,
+        head=inventory.head,
+        always_tuned={name: shapes[name] for name in inventory.always_tuned},
+        skipped=scoring.skipped,
+        matrices=[item.name for item in scoring.parameters if item.is_matrix],
+        backbone_size=inventory.backbone_size,
+        sample_ids=sample_ids,
     )
-    scores = Scores(reduce_to_shard(index, local), info)
+    scores = Scores(shard, info)
     scores.check_finite()
     return scores
 
 
-def _run_batches(
-    model: nn.Module,
-    batches: Iterable[tuple[Any, Any]],
-    loss_fn: LossFunction,
-    collector: "_Collector",
-    dtype: torch.dtype | None,
-    micro_batch: int | None,
-) -> int:
-    """Forward and backward over every batch; returns the number of samples."""
-    device = next(model.parameters()).device
-    num_samples = 0
-    for batch in batches:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise UserError(f"batches: an item has to be a pair (inputs, targets), not {type(batch).__name__}")
-        inputs, targets = (map_tensors(part, lambda tensor: tensor.to(device)) for part in batch)
-        for some_inputs, some_targets in micro_batches(inputs, targets, micro_batch):
-            collector.learn_rows(take(some_inputs, slice(1)))
-            collector.start(batch_size(some_inputs))
-            with torch.autocast(device.type, dtype) if dtype is not None else nullcontext():
-                outputs = model(some_inputs)
-                collector.check_all_called()
-                loss = _total_loss(loss_fn, outputs, some_targets, collector.num_samples)
-            (loss if collector.per_sample else loss / collector.num_samples).backward()
-            num_samples += collector.num_samples
-    return num_samples
-
-
-class _Collector:
-    """Hooks that feed each layer's input and output gradient to its rule."""
+class _Run:
+    """The batches' way through a scoring pass, on this rank."""
 
     def __init__(
-        self, model: nn.Module, inventory: Inventory, index: FlatIndex, flat: Tensor, per_sample: bool
+        self,
+        scoring: ScoringPass,
+        options: PassOptions,
+        device: torch.device,
+        micro_batch: int | None,
+        memory_limit: int | None,
     ) -> None:
-        self.model = model
-        self.per_sample = per_sample
         self.num_samples = 0
-        self.learning = False
-        self.calls: Counter[str] = Counter()
-        self.rows_of_one_sample: dict[str, int] = {}
-        self.buffers: dict[str, dict[str, Tensor]] = {}
-        for place, parameter in enumerate(inventory.parameters):
-            if parameter.start == 0:
-                # The q, k and v rows of a fused projection follow one another, so one view spans the parameter.
-                shape = model.get_submodule(parameter.module).get_parameter(parameter.parameter).shape
-                start = index.offsets[place]
-                view = flat[start : start + prod(shape)].view(shape)
-                self.buffers.setdefault(parameter.module, {})[parameter.parameter] = view
+        self._failed = False
+        self._scoring = scoring
+        self._per_sample = options.per_sample
+        self._dtype = options.dtype
+        self._device = device
+        self._size = micro_batch
+        self._memory_limit = memory_limit
+        self._started = False
+        # Sharded weights are gathered by all ranks together, and so are sharded sums sent.
+        self._lockstep = world_size() > 1 and (is_sharded(scoring.model) or bool(options.shard_sums))
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Hooks on every scored module for the length of the block."""
-        modules = [(name, self.model.get_submodule(name)) for name in self.buffers]
-        handles = [
-            module.register_forward_hook(partial(self._after_forward, name), with_kwargs=True)
-            for name, module in modules
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def over(self, batches: Iterable[Batch]) -> None:
+        """Run all batches, and end on all ranks alike if one comes upon NaN or infinity. Collective."""
+        stream = micro_batches(batches, self._next_size)
+        steps = in_lockstep(stream, lambda: self._failed) if self._lockstep else _alone(stream)
+        last: Batch | None = None
+        for batch, is_own in steps:
+            inputs, targets = (map_tensors(part, lambda tensor: tensor.to(self._device)) for part in batch)
+            if not self._started:
+                self._start(inputs, targets)
+            self._scoring.add(inputs, targets, counts=is_own)
+            last = (inputs, targets)
+            if is_own:
+                self.num_samples += batch_size(inputs)
+                self._failed = self._scoring.failed
+            if self._failed and not self._lockstep:
+                break
+        self._scoring.settle(has_samples=last is not None)
+        self._raise_failure(last)
 
-    @torch.no_grad()
-    def learn_rows(self, one_sample: Any) -> None:
-        """Note, the first time, how many rows each layer's input has for one sample (windows of attention, say).
+    def _next_size(self) -> int | None:
+        """How many samples to take at once. The first goes alone, and tells how many rows one sample has in a layer."""
+        return self._size if self._started or not self._per_sample else 1
 
-        It tells layers that don't work sample by sample, whose scores would be silently wrong.
-        """
-        if self.rows_of_one_sample:
+    def _start(self, inputs: Any, targets: Any) -> None:
+        """What the first samples are for, besides their scores."""
+        self._started = True
+        if is_half(self._scoring.model, self._dtype):
+            self._scoring.loss_scale = find_loss_scale(self._scoring, inputs, targets, self._agree)
+        if self._memory_limit is not None:
+            saved = count_saved_bytes(self._scoring, inputs, targets)
+            self._size = min(self._size or self._memory_limit, max(1, self._memory_limit // saved))
+
+    def _raise_failure(self, last: Batch | None) -> None:
+        """Tell every rank of the first one's failure."""
+        if all_max(int(self._failed)) == 0:
             return
-        self.learning = True
-        with _in_mode(self.model, train=False):
-            self.model(one_sample)
-        self.learning = False
+        own: NotFiniteError | None = None
+        if self._failed or self._lockstep:
+            assert last is not None
+            size = batch_size(last[0])
+            # In lockstep all ranks go through the same number of passes, and those that have not failed find nothing.
+            rounds = all_max(size) if self._lockstep else size
+            own = explain(self._scoring, *last, get_rank(), self.num_samples - size, rounds)
+        failures = [own if self._failed else None]
+        if world_size() > 1:
+            own, failures = failures[0], [None] * world_size()
+            dist.all_gather_object(failures, own)
+        raise next(failure for failure in failures if failure is not None)
 
-    def start(self, num_samples: int) -> None:
-        """Begin a forward pass over ``num_samples`` samples."""
-        self.num_samples = num_samples
-        self.calls.clear()
-
-    def check_all_called(self) -> None:
-        """Every scored module must have run once: otherwise its scores would be silently wrong."""
-        for name in self.buffers:
-            if self.calls[name] == 0:
-                raise UserError(
-                    f"{name}: never called in the forward pass; it is unused (take it out of the model), or its weight "
-                    "is used functionally, where no score can be found"
-                )
-            if self.calls[name] > 1:
-                raise UserError(
-                    f"{name}: called {self.calls[name]} times in one forward pass; a layer that is used in several "
-                    "places can't be scored"
-                )
-
-    def _after_forward(
-        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor:
-        if self.learning:
-            self.rows_of_one_sample[name] = len(_input_of(args, kwargs))
-            return output
-        self.calls[name] += 1
-        if not output.requires_grad:
-            # With all weights frozen nothing needs gradients until the first scored layer: the graph starts here. The
-            # copy is no leaf, so that an activation may work on it in place.
-            output = output.detach().requires_grad_().clone()
-        inputs = _input_of(args, kwargs).detach()
-        rows = self.rows_of_one_sample.get(name)
-        if self.per_sample and rows is not None and len(inputs) != self.num_samples * rows:
-            raise UserError(
-                f"{name}: its input has shape {tuple(inputs.shape)} for {self.num_samples} samples and "
-                f"{rows} rows for one; samples must lie along the outermost axis. "
-                "With micro_batch=1 any layout will do"
-            )
-        output.register_hook(partial(self._after_backward, name, module, inputs))
-        return output
-
-    @torch.no_grad()
-    def _after_backward(self, name: str, module: nn.Module, inputs: Tensor, grads: Tensor) -> None:
-        rule = find_rule(module)
-        assert rule is not None
-        rule(module, inputs, grads, self.num_samples if self.per_sample else 1, self.buffers[name])
+    def _agree(self, truth: bool) -> bool:
+        return all_max(int(not truth)) == 0 if self._lockstep else truth
 
 
-@contextmanager
-def _scoring_mode(model: nn.Module, train_mode: bool) -> Iterator[None]:
-    """Freeze all weights and set the mode; put everything back afterwards."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.requires_grad_(False)
-    try:
-        with _in_mode(model, train_mode), torch.enable_grad():
-            yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+def _alone(stream: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:
+    return ((batch, True) for batch in stream)
 
 
-@contextmanager
-def _in_mode(model: nn.Module, train: bool) -> Iterator[None]:
-    """Training or eval mode for the length of the block; each module then gets its own back."""
-    modes = {module: module.training for module in model.modules()}
-    model.train(train)
-    try:
-        yield
-    finally:
-        for module, was_training in modes.items():
-            module.training = was_training
-
-
-def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The tensor that a layer was called with."""
-    inputs: Tensor = args[0] if args else kwargs["input"]
-    return inputs
-
-
-def _total_loss(loss_fn: LossFunction, outputs: Any, targets: Any, num_samples: int) -> Tensor:
-    """Sum over the batch of each sample's own loss, whatever reduction ``loss_fn`` uses."""
-    losses = loss_fn(outputs, targets)
-    if not isinstance(losses, Tensor) or not losses.requires_grad:
-        raise UserError(
-            f"loss_fn returned {type(losses).__name__} that does not depend on the model's layers; it has to return a "
-            "tensor computed from the outputs, with gradients"
-        )
-    if losses.ndim == 1 and len(losses) == num_samples:
-        return losses.sum()
-    if losses.ndim != 0:
-        raise UserError(
-            f"loss_fn returned shape {tuple(losses.shape)} for {num_samples} samples; "
-            "it has to return a scalar or one value a sample"
-        )
-    if num_samples == 1:
-        return losses
-    # A scalar may be a mean, a sum or weighted: applied to one sample at a time it is that sample's own loss.
-    rows = [slice(i, i + 1) for i in range(num_samples)]
-    return torch.stack([loss_fn(take(outputs, row), take(targets, row)) for row in rows]).sum()
-
-
-def _check_options(criterion: str, micro_batch: int | None) -> None:
+def _check_options(criterion: str, micro_batch: int | None, memory_limit: int | None) -> None:
     if criterion not in CRITERIA:
         raise UserError(f"criterion={criterion!r}: choose one of {', '.join(CRITERIA)}")
-    if micro_batch is not None and micro_batch < 1:
-        raise UserError(f"micro_batch={micro_batch}: has to be at least 1")
-    if micro_batch is not None and criterion == "batch":
-        raise UserError('micro_batch would change the batches that criterion="batch" is defined on; leave it out')
+    for name, value in (("micro_batch", micro_batch), ("memory_limit", memory_limit)):
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value}: has to be at least 1")
+        if value is not None and criterion == "batch":
+            raise UserError(f'{name} would change the batches that criterion="batch" is defined on; leave it out')
 
 
-def _log_skipped(inventory: Inventory) -> None:
-    if not inventory.head:
+def _log_skipped(head: list[str], skipped: dict[str, str]) -> None:
+    if not head:
         logger.warning("no classification head found (get_classifier): none is set aside to be trained whole")
-    if inventory.skipped:
-        listed = ", ".join(f"{name} ({reason})" for name, reason in inventory.skipped.items())
-        logger.info("not scored: %s", listed)
+    if skipped:
+        logger.warning("not scored: %s", ", ".join(f"{name} ({reason})" for name, reason in skipped.items()))

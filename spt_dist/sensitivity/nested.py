@@ -32,27 +32,19 @@ def batch_size(tree: Any) -> int:
     Raises:
         UserError: there is none.
     """
-    for tensor in _tensors(tree):
+    for tensor in tensors(tree):
         if tensor.ndim:
             return len(tensor)
     raise UserError(f"batches: the inputs ({type(tree).__name__}) hold no tensor with samples along axis 0")
 
 
-def micro_batches(inputs: Any, targets: Any, size: int | None) -> Iterator[tuple[Any, Any]]:
-    """Split a batch into parts of at most ``size`` samples; ``None`` leaves it whole."""
-    num_samples = batch_size(inputs)
-    step = size or max(num_samples, 1)
-    for start in range(0, num_samples, step):
-        rows = slice(start, start + step)
-        yield take(inputs, rows), take(targets, rows)
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """Every tensor of a nested batch."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
         for item in tree.values():
-            yield from _tensors(item)
+            yield from tensors(item)
     elif isinstance(tree, (tuple, list)):
         for item in tree:
-            yield from _tensors(item)
+            yield from tensors(item)

@@ -24,30 +24,35 @@ from spt_dist.sensitivity.shards import (
 )
 
 INDEX_FILE = "scores.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScoreInfo:
     """What the scores were made from, saved with them.
 
     Attributes:
         criterion: "per_sample" or "batch".
+        loss_reduction: what the scores refer to, whatever the reduction of the loss function that was passed: "sum"
+            (each sample's own loss, "per_sample") or "mean" (over each batch, "batch").
         num_samples: samples in all, over every rank.
         train_mode: whether dropout and drop-path were active.
         head: parameters of the head: always trained, never scored nor counted.
         always_tuned: shapes of the backbone parameters that are trained and counted whatever the scores.
         skipped: backbone parameters that have no rule, ``name -> reason``.
+        matrices: the scored weights that can take a structured module.
         backbone_size: number of weights outside the head.
         sample_ids: which samples were used, where the caller told.
     """
 
     criterion: str
+    loss_reduction: str
     num_samples: int
     train_mode: bool
     head: list[str]
     always_tuned: dict[str, list[int]]
     skipped: dict[str, str]
+    matrices: list[str]
     backbone_size: int
     sample_ids: list[int] | None = field(default=None)
 

@@ -17,12 +17,16 @@ from tests.models_for_tests import make_vit
 def test_inventory_covers_every_weight_once() -> None:
     model = make_vit()
     inventory = take_inventory(model)
-    named = inventory.head + inventory.always_tuned + list(inventory.skipped)
+    named = inventory.head + list(inventory.skipped)
     counted = sum(parameter.numel for parameter in inventory.parameters)
     counted += sum(model.get_parameter(name).numel() for name in named)
     assert counted == sum(parameter.numel() for parameter in model.parameters())
     assert inventory.backbone_size == counted - 250
-    assert [parameter.name for parameter in inventory.parameters[:8]] == [
+    assert [parameter.name for parameter in inventory.parameters[:12]] == [
+        "cls_token",
+        "pos_embed",
+        "patch_embed.proj.weight",
+        "patch_embed.proj.bias",
         "blocks.0.norm1.weight",
         "blocks.0.norm1.bias",
         "blocks.0.attn.q.weight",
@@ -32,6 +36,7 @@ def test_inventory_covers_every_weight_once() -> None:
         "blocks.0.attn.k.bias",
         "blocks.0.attn.v.bias",
     ]
+    assert inventory.always_tuned == ["cls_token"]
 
 
 def test_tied_parameters_are_refused() -> None:

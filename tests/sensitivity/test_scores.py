@@ -15,7 +15,18 @@ from tests.ranks import run_ranks
 
 INDEX = FlatIndex(("a.weight", "a.bias", "b.weight"), ((3, 4), (3,), (2, 2)))
 VALUES = torch.arange(INDEX.total, dtype=torch.float32)
-INFO = ScoreInfo("per_sample", 5, False, ["head.weight"], {"cls_token": [1, 1, 4]}, {"pos_embed": "why"}, 100, [1, 2])
+INFO = ScoreInfo(
+    criterion="per_sample",
+    loss_reduction="sum",
+    num_samples=5,
+    train_mode=False,
+    head=["head.weight"],
+    always_tuned={"cls_token": [1, 1, 4]},
+    skipped={"pos_embed": "why"},
+    matrices=["a.weight", "b.weight"],
+    backbone_size=100,
+    sample_ids=[1, 2],
+)
 
 
 def make_scores(values: Tensor = VALUES) -> Scores:

@@ -1,0 +1,45 @@
+"""Which layers are what, told by the forward that runs: wrappers that only change a layer's class don't matter."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+
+def layer_kind(module: nn.Module) -> str | None:
+    """What a layer computes, or ``None`` if it is none of those that are known.
+
+    Returns:
+        "linear", "conv2d", "layer_norm" (over the last axes), "layer_norm_2d" (over the channels of ``(B, C, H, W)``)
+        or "group_norm". A subclass that keeps its base's ``forward`` (FSDP2 makes such) is of its base's kind; one with
+        a ``forward`` of its own may compute something else.
+    """
+    return _kinds().get(type(module).forward)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module computes exactly ``x W^T + b``."""
+    return layer_kind(module) == "linear"
+
+
+def is_layer_norm(module: nn.Module) -> bool:
+    """Whether the module is a layer norm over the last axis alone."""
+    return layer_kind(module) == "layer_norm" and len(module.normalized_shape) == 1  # type: ignore[arg-type]
+
+
+@cache
+def _kinds() -> dict[Callable[..., Any], str]:
+    from timm.layers import GroupNorm, GroupNorm1, LayerNorm, LayerNorm2d
+
+    # timm's norms compute what torch's do; they only choose a faster kernel.
+    return {
+        nn.Linear.forward: "linear",
+        nn.Conv2d.forward: "conv2d",
+        nn.LayerNorm.forward: "layer_norm",
+        LayerNorm.forward: "layer_norm",
+        LayerNorm2d.forward: "layer_norm_2d",
+        nn.GroupNorm.forward: "group_norm",
+        GroupNorm.forward: "group_norm",
+        GroupNorm1.forward: "group_norm",
+    }

@@ -1,0 +1,25 @@
+"""Looking through what engines and torch put around a model."""
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, without DistributedDataParallel, DeepSpeed's engine or ``torch.compile`` around it."""
+    while True:
+        # The engine is told by its class's module: importing DeepSpeed takes seconds.
+        if isinstance(model, DistributedDataParallel) or type(model).__module__.startswith("deepspeed."):
+            inner: Any = model.module
+        else:
+            inner = getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the model's parameters are spread over the ranks (FSDP2, ZeRO-3), so that every forward is collective."""
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_shape") for parameter in model.parameters())

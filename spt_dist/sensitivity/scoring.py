@@ -1,0 +1,203 @@
+"""Forward and backward passes over some samples that add to the scores."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from spt_dist.errors import UserError
+from spt_dist.models.matrices import Inventory, LogicalParameter
+from spt_dist.models.wrappers import is_sharded
+from spt_dist.sensitivity.buffers import Buffer, Unit, make_buffer
+from spt_dist.sensitivity.direct import DirectUses
+from spt_dist.sensitivity.losses import LossFunction, summed_loss
+from spt_dist.sensitivity.nested import batch_size
+from spt_dist.sensitivity.rules import find_rule
+from spt_dist.sensitivity.shards import FlatIndex, ScoreShard, world_size
+from spt_dist.sensitivity.taps import LayerTaps
+
+# What a pass does with the scores of one layer or one directly used parameter: (name, parameter -> its scores).
+Sink = Callable[[str, dict[str, Tensor]], None]
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    """How the samples go through the model.
+
+    Attributes:
+        per_sample: square each sample's gradient; otherwise that of the mean over the samples of a pass.
+        dtype: autocast to it; ``None`` for none.
+        shard_sums: keep the sums in parts over the ranks, or whole on each; ``None`` for what ``make_buffer`` picks.
+    """
+
+    per_sample: bool
+    dtype: torch.dtype | None
+    shard_sums: bool | None
+
+
+class ScoringPass:
+    """A model with taps on its layers and its other parameters followed, and the buffer for their scores.
+
+    The first forward pass settles which of the directly used parameters can be scored, so the buffer is made then.
+    """
+
+    def __init__(
+        self, model: nn.Module, inventory: Inventory, loss_fn: LossFunction, options: PassOptions, device: torch.device
+    ) -> None:
+        self.model = model
+        self.parameters = inventory.parameters
+        self.skipped = inventory.skipped
+        self.failed = False
+        self.loss_scale = 1.0
+        self._loss_fn = loss_fn
+        self._options = options
+        self._device = device
+        self._buffer: Buffer | None = None
+        self._sink: Sink | None = None
+        self._num_groups = 0
+        self._worst = torch.zeros((), device=device)
+        tapped = [item for item in inventory.parameters if find_rule(model.get_submodule(item.module)) is not None]
+        self._layers = {item.module: model.get_submodule(item.module) for item in tapped}
+        self._shapes = {name: _own_shapes(tapped, name) for name in self._layers}
+        direct = {item.name: (item.module, item.parameter) for item in inventory.parameters if item not in tapped}
+        self._taps = LayerTaps(model, self._layers, self._on_gradient, options.per_sample)
+        # Tokens and position embeddings come before all layers, and a sharded buffer is filled from its end.
+        first = [item.name for item in takewhile(lambda item: item not in tapped, inventory.parameters)]
+        self._direct = DirectUses(model, direct, first, self._on_direct_scores)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hooks on the model for the length of the block."""
+        with self._taps.attached(), self._direct.attached():
+            yield
+
+    def add(self, inputs: Any, targets: Any, counts: bool = True) -> None:
+        """Add the scores of some samples; sets ``failed`` if one is NaN or infinite. The first call is collective.
+
+        Args:
+            inputs: what the model takes, samples along axis 0.
+            targets: what the loss function takes.
+            counts: whether they count; if not, their scores are zeros.
+        """
+        loss = self._forward(inputs, targets)
+        buffer = self.settle(has_samples=True)
+        self._worst.zero_()
+        self._backward(loss if counts else loss * 0)
+        buffer.end_batch()
+        self.failed = not bool((loss.detach() + self._worst).isfinite())
+
+    def observe(self, inputs: Any, targets: Any, sink: Sink) -> Tensor:
+        """Forward and backward as for ``add``, with the scores handed to ``sink``; returns the loss."""
+        loss = self._forward(inputs, targets)
+        self._sink = sink
+        self._backward(loss)
+        self._sink = None
+        return loss.detach()
+
+    def settle(self, has_samples: bool) -> Buffer:
+        """Agree with the other ranks, once, on what is scored, and make room for it. Collective the first time.
+
+        Args:
+            has_samples: whether this rank has had a forward pass.
+
+        Raises:
+            UserError: no rank has; or there is nothing to score.
+        """
+        if self._buffer is not None:
+            return self._buffer
+        mine = (self._direct.unsupported, self.loss_scale) if has_samples else None
+        everyone = [mine]
+        if world_size() > 1:
+            everyone = [None] * world_size()
+            dist.all_gather_object(everyone, mine)
+        found = [one for one in everyone if one is not None]
+        if not found:
+            raise UserError("batches is empty: the sensitivity needs at least one sample")
+        self.loss_scale = min(scale for _, scale in found)
+        for unsupported, _ in found:
+            self._direct.unsupported.update(unsupported)
+        self.skipped = self.skipped | self._direct.unsupported
+        self.parameters = [item for item in self.parameters if item.name not in self._direct.unsupported]
+        if not self.parameters:
+            raise UserError(f"{type(self.model).__name__} has no weight outside its head that can be scored")
+        index = FlatIndex(tuple(item.name for item in self.parameters), tuple(item.shape for item in self.parameters))
+        sharded = is_sharded(self.model) if self._options.shard_sums is None else self._options.shard_sums
+        self._buffer = make_buffer(index, self._units(index), self._device, sharded)
+        return self._buffer
+
+    def finish(self) -> ScoreShard:
+        """This rank's part of the scores. Collective."""
+        return self.settle(has_samples=False).finish(self.loss_scale**-2)
+
+    def _units(self, index: FlatIndex) -> Mapping[str, Unit]:
+        """Where the parameters of each layer, and each directly used parameter, lie in the flat index space."""
+        units: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {}
+        for start, item in zip(index.offsets, self.parameters, strict=False):
+            if item.module not in self._layers:
+                units[item.name] = {item.parameter: (start, item.shape)}
+            elif item.start == 0:
+                # The q, k and v rows of a fused projection follow one another, so one run spans the parameter.
+                shape = self._shapes[item.module][item.parameter]
+                units.setdefault(item.module, {})[item.parameter] = (start, shape)
+        return units
+
+    def _forward(self, inputs: Any, targets: Any) -> Tensor:
+        """The loss whose gradients are squared."""
+        num_samples = batch_size(inputs)
+        self._num_groups = num_samples if self._options.per_sample else 1
+        self._taps.start(num_samples)
+        dtype = self._options.dtype
+        with torch.autocast(self._device.type, dtype) if dtype is not None else nullcontext():
+            with self._direct.forward_pass(self._num_groups):
+                outputs = self.model(inputs)
+            self._taps.check_all_called()
+            loss = summed_loss(self._loss_fn, outputs, targets, num_samples)
+        return loss if self._options.per_sample else loss / num_samples
+
+    def _backward(self, loss: Tensor) -> None:
+        (loss * self.loss_scale).backward()
+        self._direct.end_backward()
+
+    @torch.no_grad()
+    def _on_gradient(self, name: str, inputs: Tensor, grads: Tensor) -> None:
+        rule = find_rule(self._layers[name])
+        assert rule is not None
+        if self._sink is not None:
+            sums = {key: torch.zeros(shape, device=self._device) for key, shape in self._shapes[name].items()}
+            rule(self._layers[name], inputs, grads, self._num_groups, sums)
+            self._sink(name, sums)
+            return
+        assert self._buffer is not None
+        with self._buffer.sums(name) as sums:
+            rule(self._layers[name], inputs, grads, self._num_groups, sums)
+            # NaN and infinity in a gradient show in its smallest part, the bias, as well as in the large weight.
+            self._note_worst(min(sums.values(), key=Tensor.numel))
+
+    @torch.no_grad()
+    def _on_direct_scores(self, name: str, scores: Tensor) -> None:
+        if self._sink is not None:
+            self._sink(name, {name: scores})
+            return
+        assert self._buffer is not None
+        with self._buffer.sums(name) as sums:
+            (total,) = sums.values()
+            total += scores
+            self._note_worst(total)
+
+    def _note_worst(self, scores: Tensor) -> None:
+        torch.maximum(self._worst, scores.max(), out=self._worst)
+
+
+def _own_shapes(parameters: list[LogicalParameter], module: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of a layer's own parameters, of which the logical ones are rows."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for item in parameters:
+        if item.module == module:
+            rows = shapes.get(item.parameter, (0,))[0]
+            shapes[item.parameter] = (rows + item.shape[0], *item.shape[1:])
+    return shapes
