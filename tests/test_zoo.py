@@ -52,7 +52,7 @@ def test_the_whole_way(tmp_path: Path, kind: str) -> None:
             assert relative_error(scores[name], pick(wanted, name)) < 1e-4, name
     before = model(images)
     keys = set(model.state_dict())
-    tuned = spt_dist.inject(model, spt_dist.allocate(scores, budget=0.1, rank=1, preset="released"))
+    tuned = spt_dist.inject(model, spt_dist.allocate(scores, budget=0.1, rank=1, alpha=10.0, beta=5.0))
     assert torch.equal(tuned(images), before)
     for _, parameter in spt_dist.trainable_parameters(tuned):
         parameter.data += 0.05 * torch.randn_like(parameter)

@@ -11,9 +11,8 @@ from spt_dist.allocation.plan import Plan
 from spt_dist.errors import UserError
 from spt_dist.files import load_tensors, save_tensors
 from spt_dist.models.fingerprint import fingerprint
-from spt_dist.models.matrices import find_heads
 from spt_dist.sensitivity.shards import get_rank, world_size
-from spt_dist.tuning.inject import inject, is_tuned, trainable_parameters
+from spt_dist.tuning.inject import install, is_tuned, make_modules, trainable_parameters, trained_parameters
 
 FORMAT_VERSION = 1
 _STATE_PREFIX = "state/"
@@ -79,25 +78,14 @@ def load_delta(backbone: nn.Module, path: str | Path) -> nn.Module:
     state = {
         name.removeprefix(_STATE_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(_STATE_PREFIX)
     }
-    _fit_head(backbone, plan, state, path)
-    load_trainable(inject(backbone, plan), state, path)
-    return backbone
-
-
-def load_trainable(tuned: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Copy trained values into the trainable parameters; the names have to be the same on both sides.
-
-    Raises:
-        UserError: a name or a shape differs.
-    """
-    own = dict(trainable_parameters(tuned))
-    if own.keys() != state.keys():
-        differing = sorted(own.keys() ^ state.keys())
-        raise UserError(f"{source}: its trained parameters differ from the model's (first: {differing[0]})")
-    for name, parameter in own.items():
-        if parameter.shape != state[name].shape:
-            raise UserError(f"{source}: {name} has shape {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
+    _fit_head(backbone, plan, state)
+    modules = make_modules(backbone, plan)
+    trained = trained_parameters(backbone, plan, modules)
+    _check_state(state, trained, path)
+    install(backbone, plan, modules)
+    for name, parameter in trained.items():
         parameter.data.copy_(state[name])
+    return backbone
 
 
 def backbone_name(model: nn.Module) -> str:
@@ -106,13 +94,22 @@ def backbone_name(model: nn.Module) -> str:
     return str(config.get("architecture") or type(model).__name__)
 
 
-def _fit_head(backbone: nn.Module, plan: Plan, state: dict[str, Tensor], path: str | Path) -> None:
-    """Give the backbone a head with the task's number of classes."""
-    weights = [state[name] for name in plan.head if name.endswith("weight")]
+def _check_state(state: dict[str, Tensor], trained: dict[str, nn.Parameter], source: str | Path) -> None:
+    """Refuse trained values that are not the model's by name and shape."""
+    if trained.keys() != state.keys():
+        differing = sorted(trained.keys() ^ state.keys())
+        raise UserError(f"{source}: its trained parameters differ from the model's (first: {differing[0]})")
+    for name, parameter in trained.items():
+        if parameter.shape != state[name].shape:
+            raise UserError(f"{source}: {name} has shape {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
+
+
+def _fit_head(backbone: nn.Module, plan: Plan, state: dict[str, Tensor]) -> None:
+    """Give the backbone a head with the task's number of classes, if it has another or none."""
     reset_classifier = getattr(backbone, "reset_classifier", None)
-    if not weights or not callable(reset_classifier):
+    wanted = [name for name in plan.head if name.endswith("weight") and name in state]
+    if not wanted or not callable(reset_classifier):
         return
-    num_classes = len(weights[-1])
-    sizes = {len(backbone.get_submodule(head).get_parameter("weight")) for head in find_heads(backbone)}
-    if sizes != {num_classes}:
-        reset_classifier(num_classes)
+    own = dict(backbone.named_parameters())
+    if any(name not in own or len(own[name]) != len(state[name]) for name in wanted):
+        reset_classifier(len(state[wanted[-1]]))

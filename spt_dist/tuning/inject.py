@@ -1,7 +1,8 @@
 """Putting a plan onto a backbone."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +10,12 @@ from torch import Tensor, nn
 from spt_dist.allocation.plan import Plan
 from spt_dist.errors import UserError
 from spt_dist.models.fingerprint import fingerprint
-from spt_dist.models.matrices import LogicalParameter, take_inventory
+from spt_dist.models.layers import is_linear
+from spt_dist.models.matrices import LogicalParameter, own_name_of, parent_of, take_inventory
 from spt_dist.tables import format_table
-from spt_dist.tuning.layers import TunedLayerNorm, TunedLinear
+from spt_dist.tuning.entries import EntryDelta, holder_name, tune_entries
+from spt_dist.tuning.layers import TunedLinear
 from spt_dist.tuning.sparse import SparseBlock
-from spt_dist.tuning.vectors import VectorDelta
 
 
 def inject(model: nn.Module, plan: Plan) -> nn.Module:
@@ -30,22 +32,60 @@ def inject(model: nn.Module, plan: Plan) -> nn.Module:
         The same model.
 
     Raises:
-        UserError: the model is tuned already; a name of the plan does not exist in it or has another shape.
+        UserError: the model is tuned already; a name of the plan does not exist in it, has another shape, or can't be
+            tuned as the plan says. The model is unchanged then.
     """
     if is_tuned(model):
         raise UserError("inject: this model has been injected already; merge it or build the backbone anew")
+    return install(model, plan, make_modules(model, plan))
+
+
+def make_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """The modules that ``plan`` asks for, not yet on the model, which stays as it is.
+
+    Returns:
+        The name of a Linear layer -> the layer to put in its place; and the name of any other parameter -> what to
+        add to its entries.
+
+    Raises:
+        UserError: as ``inject``.
+    """
     placed = _find_places(model, plan)
     _check_own_parameters(model, plan)
-    print_of_backbone = fingerprint(model)
-    model.requires_grad_(False)
+    made: dict[str, nn.Module] = {}
     for module_name, parameters in placed.items():
         module = model.get_submodule(module_name)
-        tuned = (
-            _tune_linear(module, parameters, plan)
-            if isinstance(module, nn.Linear)
-            else _tune_norm(module, parameters, plan)
-        )
-        replace_module(model, module_name, tuned)
+        if is_linear(module):
+            assert isinstance(module, nn.Linear)
+            made[module_name] = _tune_linear(module, parameters, plan)
+        else:
+            for parameter in parameters:
+                device = module.get_parameter(parameter.parameter).device
+                name = ".".join(filter(None, (module_name, parameter.parameter)))
+                made[name] = EntryDelta(_positions(parameter, plan), device)
+    return made
+
+
+def trained_parameters(model: nn.Module, plan: Plan, modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """What is trained once ``modules`` are installed, under the names it has then."""
+    trained = {name: model.get_parameter(name) for name in [*plan.parameters, *plan.head]}
+    for name, module in modules.items():
+        prefix = holder_name(name) if isinstance(module, EntryDelta) else name
+        for own_name, parameter in module.named_parameters():
+            if own_name not in ("weight", "bias"):
+                trained[f"{prefix}.{own_name}"] = parameter
+    return trained
+
+
+def install(model: nn.Module, plan: Plan, modules: dict[str, nn.Module]) -> nn.Module:
+    """Freeze ``model`` but for ``plan`` and the ``modules`` made for it, which take their places; returns ``model``."""
+    print_of_backbone = fingerprint(model)
+    model.requires_grad_(False)
+    for name, module in modules.items():
+        if isinstance(module, EntryDelta):
+            tune_entries(model.get_submodule(parent_of(name)), own_name_of(name), module)
+        else:
+            replace_module(model, name, module)
     for name in [*plan.parameters, *plan.head]:
         model.get_parameter(name).requires_grad_(True)
     model.spt_plan = plan  # type: ignore[assignment]  # Module declares its attributes as tensors and modules
@@ -82,13 +122,13 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` in the place of the submodule ``name``."""
-    parent, _, own_name = name.rpartition(".")
-    setattr(model.get_submodule(parent), own_name, module)
+    setattr(model.get_submodule(parent_of(name)), own_name_of(name), module)
 
 
 def _find_places(model: nn.Module, plan: Plan) -> dict[str, list[LogicalParameter]]:
     known = take_inventory(model).by_name()
     placed: dict[str, list[LogicalParameter]] = defaultdict(list)
+    named = Counter([*plan.matrices, *plan.vectors, *plan.sparse, *plan.parameters])
     for name in [*plan.matrices, *plan.vectors, *plan.sparse]:
         if name not in known:
             raise UserError(
@@ -96,6 +136,11 @@ def _find_places(model: nn.Module, plan: Plan) -> dict[str, list[LogicalParamete
             )
         if known[name].shape != plan.shapes[name]:
             raise UserError(f"plan: {name} has shape {plan.shapes[name]}, this model's has {known[name].shape}")
+        if named[name] > 1:
+            raise UserError(f"plan: {name} is to be tuned in more than one way")
+        if name in plan.matrices and not known[name].is_matrix:
+            kind = plan.matrices[name]
+            raise UserError(f"plan: {name} can't have a {kind} module, since it is no weight of a Linear layer")
         placed[known[name].module].append(known[name])
     return placed
 
@@ -114,33 +159,24 @@ def _check_own_parameters(model: nn.Module, plan: Plan) -> None:
 def _tune_linear(linear: nn.Linear, parameters: list[LogicalParameter], plan: Plan) -> TunedLinear:
     tuned = TunedLinear(linear)
     device = linear.weight.device
-    weights, biases = [], []
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
     for parameter in parameters:
         if parameter.name in plan.matrices:
             key = parameter.name.split(".")[-2] if parameter.numel < linear.weight.numel() else "whole"
             tuned.add_low_rank(key, parameter.rows, plan.rank)
-        elif parameter.is_matrix:
-            weights.append(plan.sparse[parameter.name] + parameter.start * linear.in_features)
         else:
-            biases.append(_positions(parameter, plan))
+            (weights if parameter.is_matrix else biases).append(_positions(parameter, plan))
     if weights:
         tuned.sparse = SparseBlock(torch.cat(weights), linear.in_features, device)
     if biases:
-        tuned.bias_delta = VectorDelta(torch.cat(biases), device)
-    return tuned
-
-
-def _tune_norm(norm: nn.Module, parameters: list[LogicalParameter], plan: Plan) -> TunedLayerNorm:
-    assert isinstance(norm, nn.LayerNorm)
-    tuned = TunedLayerNorm(norm)
-    for parameter in parameters:
-        delta = VectorDelta(_positions(parameter, plan), norm.weight.device)
-        setattr(tuned, f"{parameter.parameter}_delta", delta)
+        tuned.bias_delta = EntryDelta(torch.cat(biases), device)
     return tuned
 
 
 def _positions(parameter: LogicalParameter, plan: Plan) -> Tensor:
-    """Tuned entries of a vector, as positions in the module's own parameter."""
+    """Tuned entries, as flat positions in the module's own parameter."""
+    first = parameter.start * prod(parameter.shape[1:])
     if parameter.name in plan.sparse:
-        return plan.sparse[parameter.name] + parameter.start
-    return torch.arange(parameter.start, parameter.start + parameter.numel)
+        return plan.sparse[parameter.name] + first
+    return torch.arange(first, first + parameter.numel)

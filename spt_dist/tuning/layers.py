@@ -1,4 +1,4 @@
-"""Layers with tuning modules in place of plain ones.
+"""Linear layers with tuning modules in place of plain ones.
 
 A tuned layer holds the very parameters of the layer it replaces, frozen and under their old names, so state dicts of
 the backbone keep their keys and code that looks at ``weight`` or ``in_features`` still finds them.
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spt_dist.tuning.entries import EntryDelta
 from spt_dist.tuning.lora import LowRank
 from spt_dist.tuning.sparse import SparseBlock
-from spt_dist.tuning.vectors import VectorDelta
 
 
 class TunedLinear(nn.Linear):
@@ -23,7 +23,7 @@ class TunedLinear(nn.Linear):
         self.low_rank = nn.ModuleDict()
         self.row_ranges: dict[str, slice] = {}
         self.sparse: SparseBlock | None = None
-        self.bias_delta: VectorDelta | None = None
+        self.bias_delta: EntryDelta | None = None
         self.train(linear.training)
 
     def add_low_rank(self, key: str, rows: slice, rank: int) -> None:
@@ -55,38 +55,7 @@ class TunedLinear(nn.Linear):
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         plain.weight = nn.Parameter(weight.to(self.weight.dtype))
         if self.bias is not None:
-            plain.bias = _merged(self.bias, self.bias_delta)
+            bias = self.bias.detach().double()
+            bias = bias if self.bias_delta is None else self.bias_delta(bias)
+            plain.bias = nn.Parameter(bias.to(self.bias.dtype))
         return plain.train(self.training)
-
-
-class TunedLayerNorm(nn.LayerNorm):
-    """``nn.LayerNorm`` with tuned entries of its weight and bias."""
-
-    def __init__(self, norm: nn.LayerNorm) -> None:
-        nn.Module.__init__(self)
-        self.normalized_shape, self.eps = norm.normalized_shape, norm.eps
-        self.elementwise_affine = norm.elementwise_affine
-        self.weight, self.bias = norm.weight, norm.bias
-        self.plain_class = type(norm)
-        self.weight_delta: VectorDelta | None = None
-        self.bias_delta: VectorDelta | None = None
-        self.train(norm.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape as ``x``."""
-        weight = self.weight if self.weight_delta is None else self.weight_delta(self.weight)
-        bias = self.bias if self.bias_delta is None else self.bias_delta(self.bias)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-
-    @torch.no_grad()
-    def to_plain(self) -> nn.LayerNorm:
-        """The plain layer, of the class this one replaced, that computes the same."""
-        plain = self.plain_class(self.normalized_shape[0], eps=self.eps)
-        plain.weight = _merged(self.weight, self.weight_delta)
-        plain.bias = None if self.bias is None else _merged(self.bias, self.bias_delta)
-        return plain.train(self.training)
-
-
-def _merged(vector: nn.Parameter, delta: VectorDelta | None) -> nn.Parameter:
-    value = vector.detach()
-    return nn.Parameter(value.clone() if delta is None else delta(value.double()).to(vector.dtype))
