@@ -32,18 +32,44 @@ class SensitivityConfig:
     """Stage 1.
 
     Attributes:
-        num_samples: how many training samples are scored (a seeded choice).
-        batch_size: samples in one pass, on each rank.
+        preset: name of a set of values for the keys below, from ``SENSITIVITY_PRESETS``. None of them may be given
+            another value beside it.
+        num_samples: how many training samples are scored.
+        sample_order: which ones: "random", a seeded choice; or "file", the first (all, where there are fewer).
+        batch_size: samples in one pass of a rank. With criterion "batch" also those whose mean loss has its gradient
+            squared: the batches are then the same for every number of ranks, and each is one rank's as a whole.
         criterion: "per_sample" or "batch".
         train_mode: score with dropout and drop-path active.
+        dtype: "bfloat16" or "float16" to run under autocast; sums are fp32 in any case.
+        memory_limit_gib: split batches so that they keep at most this many GiB of activations ("per_sample" only).
+        shard_sums: whether ranks keep parts of the sums; ``None`` for what suits the model.
         scores: folder of saved scores to use instead of a pass.
     """
 
+    preset: str | None = None
     num_samples: int = 800
+    sample_order: str = "random"
     batch_size: int = 32
     criterion: str = "per_sample"
     train_mode: bool = False
+    dtype: str | None = None
+    memory_limit_gib: float | None = None
+    shard_sums: bool | None = None
     scores: str | None = None
+
+
+SAMPLE_ORDERS = ("random", "file")
+AUTOCAST_DTYPES = ("bfloat16", "float16")
+# "released": SPT's published code (github.com/ziplab/SPT, engine.py): 16 batches of 32 in file order, in training mode.
+SENSITIVITY_PRESETS: dict[str, dict[str, Any]] = {
+    "released": {
+        "num_samples": 512,
+        "sample_order": "file",
+        "batch_size": 32,
+        "criterion": "batch",
+        "train_mode": True,
+    }
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +155,8 @@ def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> R
         raise UserError(f"{path}: can't be read as a config ({type(error).__name__}: {error})") from error
     values = content.to_dict()
     values["work_dir"] = values.get("work_dir") or f"work_dirs/{path.stem}"
+    if isinstance(values.get("sensitivity"), dict):
+        values["sensitivity"] = _with_preset(values["sensitivity"])
     config: RunConfig = _build(RunConfig, values, "")
     _check_ranges(config)
     return config
@@ -165,6 +193,21 @@ def lookup(kind: str, name: Any, known: Mapping[str, Any]) -> Any:
     if name not in known:
         raise _unknown(f"{kind}={name!r}", str(name), known)
     return known[name]
+
+
+def _with_preset(sensitivity: dict[str, Any]) -> dict[str, Any]:
+    """The section with the values of its preset, if it names one."""
+    preset = sensitivity.get("preset")
+    if not isinstance(preset, str):
+        return sensitivity
+    wanted = lookup("sensitivity.preset", preset, SENSITIVITY_PRESETS)
+    for key, value in wanted.items():
+        if sensitivity.get(key, value) != value:
+            raise UserError(
+                f"config: sensitivity.{key}={sensitivity[key]!r}, but sensitivity.preset={preset!r} means {value!r}; "
+                "leave one of the two out"
+            )
+    return wanted | sensitivity
 
 
 def _build(section: Any, values: Any, prefix: str) -> Any:
@@ -227,11 +270,19 @@ def _check_ranges(config: RunConfig) -> None:
     for name, number in not_negative.items():
         if not 0 <= number < math.inf:
             raise UserError(f"config: {name}={number} has to be 0 or more")
-    for name, positive in {"train.lr": train.lr, "train.clip_norm": train.clip_norm}.items():
+    above_zero = {
+        "train.lr": train.lr,
+        "train.clip_norm": train.clip_norm,
+        "sensitivity.memory_limit_gib": sensitivity.memory_limit_gib,
+    }
+    for name, positive in above_zero.items():
         if positive is not None and not 0 < positive < math.inf:
             raise UserError(f"config: {name}={positive} has to be above 0")
     if train.warmup_epochs > train.epochs:
         raise UserError(f"config: train.warmup_epochs={train.warmup_epochs} is more than train.epochs={train.epochs}")
+    lookup("sensitivity.sample_order", sensitivity.sample_order, dict.fromkeys(SAMPLE_ORDERS))
+    if sensitivity.dtype is not None:
+        lookup("sensitivity.dtype", sensitivity.dtype, dict.fromkeys(AUTOCAST_DTYPES))
     if not 0 <= config.seed < 2**31:
         raise UserError(f"config: seed={config.seed} has to lie between 0 and 2**31 - 1")
     for name in ("data", "method"):

@@ -6,9 +6,11 @@ from torch import Tensor
 
 from spt_dist.allocation.costs import AllocationRule
 from spt_dist.allocation.plan import Plan
+from spt_dist.allocation.released import eligible_names, matrix_names, sweep
 from spt_dist.allocation.request import AllocationRequest
-from spt_dist.sensitivity.scores import Scores
+from spt_dist.sensitivity.scores import ScoreInfo, Scores
 from spt_dist.sensitivity.selection import Threshold, count_selected, selected_positions, solve_threshold, top_tau
+from spt_dist.sensitivity.shards import ScoreShard, restrict
 
 
 def allocate(
@@ -28,18 +30,21 @@ def allocate(
     Args:
         scores: the result of ``estimate_sensitivity``.
         budget: the most trainable parameters, head not counted: a count, or a fraction of the backbone (a float
-            up to 1). The largest set of most sensitive weights whose tuning stays within it is taken.
+            up to 1). The largest set of most sensitive weights whose tuning stays within it is taken. (The preset
+            "released" comes as near as its sweep does, and may exceed it.)
         tau: instead of a budget, the number of most sensitive weights.
         structured: kind of the structured module ("lora"), or ``None`` for single weights only.
         unstructured: whether weights may be tuned one by one.
         rank: rank of the structured modules.
         alpha: a matrix with ``c`` sensitive weights becomes structured if ``c >= cost / alpha``.
         beta: a vector is tuned whole once a ``1 / beta`` part of it is sensitive; ``None`` for never.
-        preset: "paper" (``alpha=1, beta=None``) or "released" (``alpha=10, beta=5``); overrides both.
+        preset: "paper" (``alpha=1, beta=None``) or "released" (``alpha=10, beta=5``, and the published code's choice
+            of names and of ``tau``, see ``allocation.released``); overrides both.
 
     Raises:
         UserError: neither or both of ``budget`` and ``tau``; a budget below one weight or above the backbone;
-            another option out of range.
+            another option out of range; "released" on another model than a plain ViT, or with a budget that its sweep
+            does not come near.
     """
     request = AllocationRequest(
         budget=budget,
@@ -51,46 +56,64 @@ def allocate(
         beta=beta,
         preset=preset,
     )
-    shapes = scores.shard.index.shapes
-    reserved = sum(prod(shape) for shape in scores.info.always_tuned.values())
-    rule, limit = request.resolve(scores.info.backbone_size, reserved)
+    info = scores.info
+    reserved = sum(prod(shape) for shape in info.always_tuned.values())
+    rule, limit = request.resolve(info.backbone_size, reserved)
+    # What is tuned in any case takes no part in the choice.
+    names = [name for name in scores.names if name not in info.always_tuned]
+    matrices = set(info.matrices)
+    if preset == "released":
+        names = eligible_names(names)
+        matrices = matrix_names(names, matrices)
+    shard = restrict(scores.shard, names)
 
     def total(counts: Tensor) -> int:
-        return sum(rule.choose(shape, count).cost for shape, count in zip(shapes, counts.tolist(), strict=True))
+        each = zip(shard.index.names, shard.index.shapes, counts.tolist(), strict=True)
+        return reserved + sum(rule.choose(shape, name in matrices, count).cost for name, shape, count in each)
 
     if limit is None:
         assert tau is not None
-        threshold = top_tau(scores.shard, tau)
+        threshold = top_tau(shard, tau)
+    elif preset == "released":
+        threshold = sweep(shard, total, limit)
     else:
-        threshold = solve_threshold(scores.shard, total, limit - reserved)
-    return _make_plan(scores, rule, threshold, budget)
+        threshold = solve_threshold(shard, total, limit)
+    return _make_plan(info, shard, matrices, rule, threshold, request)
 
 
-def _make_plan(scores: Scores, rule: AllocationRule, threshold: Threshold, budget: int | float | None) -> Plan:
+def _make_plan(
+    info: ScoreInfo,
+    shard: ScoreShard,
+    matrices: set[str],
+    rule: AllocationRule,
+    threshold: Threshold,
+    request: AllocationRequest,
+) -> Plan:
     """The plan for a set of sensitive weights. Collective."""
-    shapes = dict(zip(scores.names, scores.shard.index.shapes, strict=True))
-    counts = dict(zip(scores.names, count_selected(scores.shard, threshold).tolist(), strict=True))
-    how = {name: rule.choose(shapes[name], counts[name]).how for name in scores.names}
-    always = {name: tuple(shape) for name, shape in scores.info.always_tuned.items()}
-    sparse_names = [name for name in scores.names if how[name] == "sparse"]
+    names = shard.index.names
+    shapes = dict(zip(names, shard.index.shapes, strict=True))
+    counts = dict(zip(names, count_selected(shard, threshold).tolist(), strict=True))
+    how = {name: rule.choose(shapes[name], name in matrices, counts[name]).how for name in names}
+    always = {name: tuple(shape) for name, shape in info.always_tuned.items()}
     return Plan(
-        matrices={name: str(rule.structured) for name in scores.names if how[name] == "structured"},
-        vectors=[name for name in scores.names if how[name] == "vector"],
-        sparse=selected_positions(scores.shard, threshold, sparse_names),
+        matrices={name: str(rule.structured) for name in names if how[name] == "structured"},
+        vectors=[name for name in names if how[name] == "vector"],
+        sparse=selected_positions(shard, threshold, [name for name in names if how[name] == "sparse"]),
         parameters=list(always),
-        head=list(scores.info.head),
-        shapes=always | {name: shapes[name] for name in scores.names if how[name] != "frozen"},
+        head=list(info.head),
+        shapes=always | {name: shapes[name] for name in names if how[name] != "frozen"},
         rank=rule.rank,
         method=f"spt-{rule.structured}" if rule.structured else "spt",
-        backbone_size=scores.info.backbone_size,
+        backbone_size=info.backbone_size,
         options={
-            "budget": budget,
+            "preset": request.preset,
+            "budget": request.budget,
             "tau": sum(counts.values()),
             "structured": rule.structured,
             "unstructured": rule.unstructured,
             "alpha": rule.alpha,
             "beta": rule.beta,
-            "criterion": scores.info.criterion,
-            "num_samples": scores.num_samples,
+            "criterion": info.criterion,
+            "num_samples": info.num_samples,
         },
     )

@@ -61,11 +61,17 @@ class AllocationRule:
             if value is not None and not value >= 1:
                 raise UserError(f"{name}={value}: has to be at least 1")
 
-    def choose(self, shape: tuple[int, ...], count: int) -> Choice:
-        """Decide for a tensor of ``shape`` of which ``count`` weights are sensitive; never cheaper for more."""
+    def choose(self, shape: tuple[int, ...], is_matrix: bool, count: int) -> Choice:
+        """Decide for a tensor of ``shape`` of which ``count`` weights are sensitive; never cheaper for more.
+
+        Args:
+            shape: of the tensor.
+            is_matrix: whether it can take a structured module.
+            count: its sensitive weights.
+        """
         if count == 0:
             return Choice("frozen", 0)
-        if len(shape) == 2 and self.structured is not None:
+        if is_matrix and self.structured is not None:
             cost = structured_cost(self.structured, shape, self.rank)
             if count >= cost / self.alpha:
                 return Choice("structured", cost)

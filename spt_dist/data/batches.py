@@ -64,6 +64,24 @@ class GlobalBatches:
             yield mine + batch[:1] * padding, [1.0] * len(mine) + [0.0] * padding, len(batch)
 
 
+def deal_samples(
+    samples: list[int], batch_size: int, rank: int, world_size: int, same_batches: bool
+) -> list[tuple[list[int], list[float], int]]:
+    """This rank's batches for one pass over ``samples``, in the form that ``load_batches`` takes.
+
+    Args:
+        samples: indices in the data set.
+        batch_size: most samples in a batch.
+        rank, world_size: which part is dealt.
+        same_batches: for every number of ranks make the same batches, in the order of ``samples``, and deal them out
+            whole; otherwise the samples are dealt out, which is more even, and each rank makes batches of its own.
+    """
+    share = samples if same_batches else samples[rank::world_size]
+    batches = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
+    mine = batches[rank::world_size] if same_batches else batches
+    return [(batch, [1.0] * len(batch), len(batch)) for batch in mine]
+
+
 def load_batches(
     dataset: Dataset[Any], batches: Iterable[tuple[list[int], list[float], int]], device: torch.device
 ) -> Iterator[Batch]:
@@ -71,7 +89,7 @@ def load_batches(
 
     Args:
         dataset: an item is ``(input, target)``.
-        batches: from ``GlobalBatches.deal``.
+        batches: from ``GlobalBatches.deal`` or ``deal_samples``.
         device: where the tensors go.
     """
     dealt = list(batches)

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from spt_dist.allocation.allocate import allocate
 from spt_dist.allocation.plan import Plan
+from spt_dist.allocation.released import eligible_names, matrix_names
 from spt_dist.allocation.request import AllocationRequest
 from spt_dist.config import RunConfig, check_arguments, lookup
-from spt_dist.data.batches import GlobalBatches, load_batches
+from spt_dist.data.batches import deal_samples, load_batches
 from spt_dist.data.task import Task
 from spt_dist.data.tasks import build_task
 from spt_dist.errors import UserError
@@ -26,6 +27,7 @@ from spt_dist.parallel.checkpoints import Checkpoint, SampleOrder, find_checkpoi
 from spt_dist.parallel.engines import OptimizerSettings, build_engine, check_engine
 from spt_dist.parallel.launch import local_device
 from spt_dist.progress import progress_bar
+from spt_dist.sensitivity.diagnosis import NotFiniteError
 from spt_dist.sensitivity.estimator import estimate_sensitivity
 from spt_dist.sensitivity.scores import Scores
 from spt_dist.training.record import put_aside, write_record
@@ -88,7 +90,10 @@ def build_model(config: RunConfig) -> nn.Module:
 
 
 def score(config: RunConfig, model: nn.Module, task: Task) -> Scores:
-    """Stage 1 on a seeded choice of training samples, or saved scores. Collective.
+    """Stage 1 on some of the training samples, or saved scores. Collective.
+
+    The scores are the same for every number of ranks, up to rounding; but not in training mode with dropout or
+    drop-path, where each rank draws its own.
 
     Raises:
         UserError: more samples are asked for than there are; or as ``estimate_sensitivity``.
@@ -96,20 +101,13 @@ def score(config: RunConfig, model: nn.Module, task: Task) -> Scores:
     wanted = config.sensitivity
     if wanted.scores is not None:
         return Scores.load(wanted.scores)
-    if wanted.num_samples > task.num_train:
-        raise UserError(
-            f"config: sensitivity.num_samples={wanted.num_samples}, but the task has {task.num_train} samples"
-        )
-    generator = torch.Generator().manual_seed(config.seed)
-    sample_ids = torch.randperm(task.num_train, generator=generator)[: wanted.num_samples].sort().values.tolist()
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    # Each rank takes every world_size-th sample; batches are a rank's own, since their size does not matter here.
-    mine = sample_ids[rank::world_size]
-    dealt = [
-        ([mine[place] for place in places], weights, size)
-        for places, weights, size in GlobalBatches(len(mine), wanted.batch_size).deal()
-    ]
+    sample_ids = choose_samples(config, task.num_train)
+    rank = dist.get_rank()
+    same_batches = wanted.criterion == "batch"
+    dealt = deal_samples(sample_ids, wanted.batch_size, rank, dist.get_world_size(), same_batches)
+    limit = wanted.memory_limit_gib
     device = local_device()
+    torch.manual_seed(config.seed + rank)
     with progress_bar("sensitivity", len(dealt), rank == 0) as bar:
 
         def batches() -> Any:
@@ -117,14 +115,37 @@ def score(config: RunConfig, model: nn.Module, task: Task) -> Scores:
                 yield batch.inputs, batch.targets
                 bar.advance()
 
-        return estimate_sensitivity(
-            model.to(device),
-            batches(),
-            F.cross_entropy,
-            wanted.criterion,
-            train_mode=wanted.train_mode,
-            sample_ids=sample_ids,
-        )
+        try:
+            return estimate_sensitivity(
+                model.to(device),
+                batches(),
+                F.cross_entropy,
+                wanted.criterion,
+                train_mode=wanted.train_mode,
+                dtype=None if wanted.dtype is None else getattr(torch, wanted.dtype),
+                memory_limit=None if limit is None else int(limit * 2**30),
+                shard_sums=wanted.shard_sums,
+                sample_ids=sample_ids,
+            )
+        except NotFiniteError as error:
+            theirs = deal_samples(sample_ids, wanted.batch_size, error.rank, dist.get_world_size(), same_batches)
+            sample = [sample for batch, _, _ in theirs for sample in batch][error.position]
+            raise UserError(f"{error.where}, for training sample {sample}") from error
+
+
+def choose_samples(config: RunConfig, num_train: int) -> list[int]:
+    """Indices of the training samples that stage 1 scores, ascending.
+
+    Raises:
+        UserError: a random choice of more samples than there are.
+    """
+    wanted = config.sensitivity
+    if wanted.sample_order == "file":
+        return list(range(min(wanted.num_samples, num_train)))
+    if wanted.num_samples > num_train:
+        raise UserError(f"config: sensitivity.num_samples={wanted.num_samples}, but the task has {num_train} samples")
+    generator = torch.Generator().manual_seed(config.seed)
+    return torch.randperm(num_train, generator=generator)[: wanted.num_samples].sort().values.tolist()
 
 
 def make_run_plan(config: RunConfig, model: nn.Module, task: Task) -> tuple[Plan, Scores | None]:
@@ -134,7 +155,11 @@ def make_run_plan(config: RunConfig, model: nn.Module, task: Task) -> tuple[Plan
         return make_plan(config.method["type"], model, **options), None
     inventory = take_inventory(model)
     reserved = sum(model.get_parameter(name).numel() for name in inventory.always_tuned)
-    AllocationRequest(**options).resolve(inventory.backbone_size, reserved)
+    request = AllocationRequest(**options)
+    request.resolve(inventory.backbone_size, reserved)
+    if request.preset == "released":
+        matrices = [parameter.name for parameter in inventory.parameters if parameter.is_matrix]
+        matrix_names(eligible_names(inventory.by_name()), matrices)
     scores = score(config, model, task)
     return allocate(scores, **options), scores
 

@@ -25,7 +25,17 @@ def make_scores(values: Tensor | None = None, cls_token: int = 5) -> Scores:
     """Scores of two matrices, two biases and a norm; ``cls_token`` weights are always tuned."""
     values = torch.rand(INDEX.total).exp() if values is None else values
     always = {"cls_token": [1, 1, cls_token]} if cls_token else {}
-    info = ScoreInfo("per_sample", 3, False, ["head.weight"], always, {}, BACKBONE)
+    info = ScoreInfo(
+        criterion="per_sample",
+        loss_reduction="sum",
+        num_samples=3,
+        train_mode=False,
+        head=["head.weight"],
+        always_tuned=always,
+        skipped={},
+        matrices=["x.weight", "y.weight"],
+        backbone_size=BACKBONE,
+    )
     return Scores(ScoreShard(INDEX, 0, values), info)
 
 
@@ -101,10 +111,10 @@ def test_switching_parts_off() -> None:
     assert not only.sparse
 
 
-def test_presets() -> None:
+def test_the_papers_preset_overrides_alpha_and_beta() -> None:
     scores = make_scores()
-    assert what(allocate(scores, tau=40, rank=2, preset="released")) == by_definition(scores, 40, 2, 10.0, 5.0)
-    assert what(allocate(scores, tau=40, rank=2, preset="paper")) == by_definition(scores, 40, 2, 1.0, None)
+    plan = allocate(scores, tau=40, rank=2, alpha=10.0, beta=5.0, preset="paper")
+    assert what(plan) == by_definition(scores, 40, 2, 1.0, None)
 
 
 def test_a_fraction_is_of_the_backbone() -> None:

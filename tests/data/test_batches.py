@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
-from spt_dist.data.batches import GlobalBatches, load_batches
+from spt_dist.data.batches import GlobalBatches, deal_samples, load_batches
 from spt_dist.data.digits import build_digits
 
 
@@ -25,6 +25,25 @@ def test_ranks_together_see_each_sample_once_in_the_same_global_batches(
         assert sorted(counted) == sorted(batch)
         assert len({len(indices) for indices, _, _ in parts}) == 1, "every rank runs batches of the same size"
         assert {num_global for _, _, num_global in parts} == {len(batch)}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 50), st.integers(1, 20), st.integers(1, 5))
+def test_one_pass_deals_every_sample_once(num_samples: int, batch_size: int, world_size: int) -> None:
+    samples = list(range(100, 100 + num_samples))
+    wanted = [samples[start : start + batch_size] for start in range(0, num_samples, batch_size)]
+    for same_batches in (True, False):
+        ranks = [deal_samples(samples, batch_size, rank, world_size, same_batches) for rank in range(world_size)]
+        batches = [batch for rank in ranks for batch, _, _ in rank]
+        assert sorted(sample for batch in batches for sample in batch) == samples
+        assert all(weights == [1.0] * size == [1.0] * len(batch) for rank in ranks for batch, weights, size in rank)
+        if same_batches:
+            assert sorted(batches) == wanted
+            assert all(rank == sorted(rank) for rank in ranks)
+        else:
+            sizes = [sum(size for _, _, size in rank) for rank in ranks]
+            assert max(sizes) - min(sizes) <= 1
+            assert all(size <= batch_size for rank in ranks for _, _, size in rank)
 
 
 def test_epochs_differ_and_repeat() -> None:

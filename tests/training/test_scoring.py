@@ -1,0 +1,151 @@
+"""Stage 1 as a run does it: which samples, which batches, and the published code's way."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from spt_dist import UserError
+from spt_dist.config import load_config
+from spt_dist.data.tasks import build_task
+from spt_dist.training.pipeline import build_model, choose_samples, make_run_plan, score
+from tests.launch.runs import NUM_TRAIN, write_config
+from tests.models_for_tests import pick
+from tests.ranks import run_ranks
+from tests.sensitivity.oracle import relative_error
+
+
+def score_on_ranks(path: str, options: dict[str, Any]) -> tuple[dict[str, Tensor], list[int]]:
+    """All scores of a config, and the samples they were made from."""
+    config = load_config(path, options)
+    scores = score(config, build_model(config), build_task(config.data, config.model.num_classes))
+    assert scores.info.sample_ids is not None
+    return {name: scores[name] for name in scores.names}, scores.info.sample_ids
+
+
+def squares_of_batches(path: str, options: dict[str, Any], batches: list[list[int]]) -> dict[str, Tensor]:
+    """Sum over batches of the squared gradient of the mean loss, by an ordinary loop."""
+    config = load_config(path, options)
+    model, task = build_model(config), build_task(config.data, config.model.num_classes)
+    model.train(config.sensitivity.train_mode)
+    sums = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    torch.manual_seed(config.seed)
+    for images, labels in DataLoader(task.train, batch_sampler=batches):
+        model.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            sums[name] += parameter.grad**2
+    return sums
+
+
+def check_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Up to rounding; k's bias has no gradient."""
+    for name, value in found.items():
+        if not name.endswith("attn.k.bias"):
+            assert relative_error(value, pick(wanted, name)) < 1e-4, name
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_samples", [50, 30])
+def test_batches_are_the_same_for_every_number_of_ranks(tmp_path: Path, num_samples: int) -> None:
+    """50 samples are batches of 16, 16, 16 and 2; with 30, the third rank has none."""
+    path = str(write_config(tmp_path / "tiny.py"))
+    options = {"sensitivity.criterion": "batch", "sensitivity.num_samples": num_samples}
+    for world_size in (1, 2, 3):
+        for found, sample_ids in run_ranks(score_on_ranks, world_size, path, options):
+            assert len(sample_ids) == len(set(sample_ids)) == num_samples
+            assert sample_ids == sorted(sample_ids)
+            batches = [sample_ids[start : start + 16] for start in range(0, num_samples, 16)]
+            check_equal(found, squares_of_batches(path, options, batches))
+
+
+def write_released(folder: Path, line: str = "") -> str:
+    """A config with the preset; there are fewer samples than its 512."""
+    base = write_config(folder / "base.py", drop_path_rate=0.5)
+    path = folder / "released.py"
+    path.write_text(f"_base_ = ['{base.name}']\nsensitivity = dict(_delete_=True, preset='released'{line})\n")
+    return str(path)
+
+
+@pytest.mark.distributed
+def test_the_released_preset_is_the_published_loop(tmp_path: Path) -> None:
+    path = write_released(tmp_path)
+    options = {"seed": 3}
+    ((found, sample_ids),) = run_ranks(score_on_ranks, 1, path, options)
+    assert sample_ids == list(range(NUM_TRAIN))
+    batches = [sample_ids[start : start + 32] for start in range(0, NUM_TRAIN, 32)]
+    check_equal(found, squares_of_batches(path, options, batches))
+    # Drop-path was on: without it the scores are others.
+    calm = squares_of_batches(path, options | {"model.kwargs.drop_path_rate": 0.0}, batches)
+    assert relative_error(found["blocks.1.mlp.fc1.weight"], calm["blocks.1.mlp.fc1.weight"]) > 0.01
+
+
+def test_the_presets_values(tmp_path: Path) -> None:
+    config = load_config(write_released(tmp_path, ", batch_size=32"))
+    assert config.sensitivity.preset == "released"
+    assert (config.sensitivity.num_samples, config.sensitivity.batch_size) == (512, 32)
+    assert (config.sensitivity.criterion, config.sensitivity.train_mode) == ("batch", True)
+    assert choose_samples(config, 1000) == list(range(512))
+    assert choose_samples(config, 300) == list(range(300))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"sensitivity.num_samples": 800},
+            r"sensitivity\.num_samples=800, but .*preset='released' means 512; leave one",
+        ),
+        ({"sensitivity.criterion": "per_sample"}, r"sensitivity\.criterion='per_sample', but .* means 'batch'"),
+        ({"sensitivity.preset": "realeased"}, r"sensitivity\.preset='realeased' is unknown; did you mean 'released'\?"),
+        ({"sensitivity.preset": None, "sensitivity.sample_order": "fiel"}, r"sample_order='fiel' is unknown; did you"),
+    ],
+)
+def test_contradictions_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(write_released(tmp_path), options)
+
+
+def test_a_random_choice_needs_enough_samples(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path / "tiny.py"))
+    chosen = choose_samples(config, NUM_TRAIN)
+    assert len(set(chosen)) == 50
+    assert chosen != list(range(50))
+    with pytest.raises(UserError, match=r"sensitivity\.num_samples=50, but the task has 49 samples"):
+        choose_samples(config, 49)
+
+
+def test_names_that_the_released_preset_does_not_know_are_refused_before_the_pass(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path / "tiny.py", init_values=0.1), {"method.preset": "released"})
+    task = build_task(config.data, config.model.num_classes)
+    # Without a process group the pass itself would fail in another way.
+    with pytest.raises(UserError, match=r"has no rule for blocks\.0\.ls1\.gamma"):
+        make_run_plan(config, build_model(config), task)
+
+
+def score_broken_on_ranks(path: str) -> str:
+    """What is said about an image of rank 1's that holds NaN."""
+    config = load_config(path, {"sensitivity.num_samples": 6})
+    task = build_task(config.data, config.model.num_classes)
+    broken = choose_samples(config, task.num_train)[3]
+    images, labels = zip(*(task.train[place] for place in range(task.num_train)), strict=True)
+    pixels = torch.stack(images)
+    pixels[broken, 0, 0, 0] = float("nan")
+    task = replace(task, train=TensorDataset(pixels, torch.tensor(labels)))
+    with pytest.raises(UserError) as caught:
+        score(config, build_model(config), task)
+    assert f"for training sample {broken}" in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.distributed
+def test_a_broken_image_is_named_by_its_place_in_the_training_set(tmp_path: Path) -> None:
+    said = run_ranks(score_broken_on_ranks, 2, str(write_config(tmp_path / "tiny.py")))
+    assert said[0] == said[1]
+    assert "the inputs hold NaN" in said[0]
