@@ -1,13 +1,16 @@
 """Comparing finished runs."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from spt_dist.allocation.plan import Plan
 from spt_dist.errors import UserError
 from spt_dist.files import write_text
-from spt_dist.report.figures import draw_losses, draw_plan, draw_scores
+from spt_dist.report.figures import draw_losses, draw_plan
+from spt_dist.report.patterns import TAUS, Patterns
+from spt_dist.report.stage_one import report_scores
 from spt_dist.sensitivity.scores import INDEX_FILE, Scores
 from spt_dist.tables import format_table
 from spt_dist.training.metrics import read_metrics
@@ -21,20 +24,41 @@ METHOD_LABELS = {
 }
 
 
-def compare_runs(work_dirs: list[Path], out: Path) -> tuple[str, dict[str, Any]]:
-    """Write ``report.txt`` and pictures for some work dirs of ``launch/train.py``.
+def compare_runs(folders: Sequence[Path], out: Path, taus: Sequence[int | float] = TAUS) -> tuple[str, dict[str, Path]]:
+    """Write ``report.txt`` and pictures for some work dirs of ``launch/train.py`` and some folders of scores.
 
     Args:
-        work_dirs: one for each run, in the order of the table.
+        folders: work dirs, in the order of the table, and folders of ``launch/sensitivity.py`` or ``Scores.save``.
         out: folder for the results.
+        taus: numbers of most sensitive weights whose patterns are drawn, see ``patterns.resolve_taus``.
 
     Returns:
-        The table, and what lies where: description -> path.
+        The tables (of the runs, and for each folder of scores of its patterns), and what lies where:
+        description -> path.
 
     Raises:
-        UserError: a folder holds no finished run.
+        UserError: a folder holds neither a finished run nor scores; two have the same name; as ``resolve_taus``.
     """
+    _check_names(folders)
+    work_dirs = [folder for folder in folders if not (folder / INDEX_FILE).is_file()]
     runs = {work_dir: _read_summary(work_dir) for work_dir in work_dirs}
+    tables, files = [], {}
+    if runs:
+        tables.append(_tabulate(runs))
+        curves = {_label(summary, folder): read_metrics(folder / "metrics.jsonl") for folder, summary in runs.items()}
+        files["picture of losses"] = draw_losses(curves, out / "losses.png")
+    for folder in folders:
+        if folder in runs:
+            files |= _report_run(folder, out, taus)
+        else:
+            patterns, more = _report_scores(folder, folder, out, taus)
+            tables.append(f"{folder.absolute().name}: {patterns.table()}")
+            files |= more
+    text = "\n\n".join(tables)
+    return text, {"table": write_text(out / "report.txt", text + "\n"), **files}
+
+
+def _tabulate(runs: Mapping[Path, dict[str, Any]]) -> str:
     rows = [
         [
             _label(summary, work_dir),
@@ -47,33 +71,44 @@ def compare_runs(work_dirs: list[Path], out: Path) -> tuple[str, dict[str, Any]]
         for work_dir, summary in runs.items()
     ]
     columns = ["method", "trainable", "of backbone", "head", "top-1 %", "seconds (stage 1 + 2)"]
-    table = format_table("held-out accuracy; trainable parameters without the head", columns, rows)
-    files: dict[str, Any] = {"table": write_text(out / "report.txt", table + "\n")}
-    curves = {_label(summary, work_dir): read_metrics(work_dir / "metrics.jsonl") for work_dir, summary in runs.items()}
-    files["picture of losses"] = draw_losses(curves, out / "losses.png")
-    for work_dir in runs:
-        files |= _draw_stage_one(work_dir, out)
-    return table, files
+    return format_table("held-out accuracy; trainable parameters without the head", columns, rows)
 
 
-def _draw_stage_one(work_dir: Path, out: Path) -> dict[str, Any]:
+def _report_run(work_dir: Path, out: Path, taus: Sequence[int | float]) -> dict[str, Path]:
     """Pictures of the scores and the plan of one run, and where its task file and merged checkpoint are."""
-    files: dict[str, Any] = {}
     if not (work_dir / "scores" / INDEX_FILE).is_file():
-        return files
-    scores = Scores.load(work_dir / "scores")
-    means = {name: float(scores[name].mean()) for name in scores.names}
-    files[f"picture of scores ({work_dir.name})"] = draw_scores(means, out / f"scores_{work_dir.name}.png")
+        return {}
+    name = work_dir.absolute().name
+    _, files = _report_scores(work_dir / "scores", work_dir, out, taus)
     plan = Plan.load(work_dir / "plan.safetensors")
-    files[f"picture of allocation ({work_dir.name})"] = draw_plan(plan, out / f"allocation_{work_dir.name}.png")
-    for name in ("task", "merged"):
-        if (work_dir / f"{name}.safetensors").is_file():
-            files[f"{name} file ({work_dir.name})"] = work_dir / f"{name}.safetensors"
+    files[f"picture of allocation ({name})"] = draw_plan(plan, out / f"allocation_{name}.png")
+    for kind in ("task", "merged"):
+        if (work_dir / f"{kind}.safetensors").is_file():
+            files[f"{kind} file ({name})"] = work_dir / f"{kind}.safetensors"
     return files
 
 
+def _report_scores(
+    directory: Path, owner: Path, out: Path, taus: Sequence[int | float]
+) -> tuple[Patterns, dict[str, Path]]:
+    """Report on the scores in ``directory`` under the name of the folder ``owner``."""
+    name = owner.absolute().name
+    patterns, files = report_scores(Scores.load(directory), out, taus, suffix=f"_{name}")
+    return patterns, {f"{what} ({name})": path for what, path in files.items()}
+
+
+def _check_names(folders: Sequence[Path]) -> None:
+    """Refuse folders whose pictures would overwrite each other."""
+    names: dict[str, Path] = {}
+    for folder in folders:
+        name = folder.absolute().name
+        if name in names:
+            raise UserError(f"{names[name]} and {folder}: their pictures would have the same names; take one at a time")
+        names[name] = folder
+
+
 def _label(summary: dict[str, Any], work_dir: Path) -> str:
-    return f"{METHOD_LABELS.get(summary['method'], summary['method'])} ({work_dir.name})"
+    return f"{METHOD_LABELS.get(summary['method'], summary['method'])} ({work_dir.absolute().name})"
 
 
 def _read_summary(work_dir: Path) -> dict[str, Any]:
@@ -81,7 +116,9 @@ def _read_summary(work_dir: Path) -> dict[str, Any]:
     try:
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {work_dir} holds no finished run of launch/train.py") from None
+        raise UserError(
+            f"{path}: no such file; {work_dir} holds no finished run of launch/train.py, and no scores"
+        ) from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not readable ({error})") from error
     return summary

@@ -1,5 +1,6 @@
 """The other scripts, and how their files go together."""
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,9 @@ import torch
 from matplotlib.image import imread
 from safetensors.torch import load_file
 
+from spt_dist import Scores
 from spt_dist.data.digits import build_digits
+from spt_dist.report.patterns import find_patterns
 from tests.launch.processes import ROOT, Launch, ScriptResult, run_all
 from tests.launch.runs import MODEL_KWARGS, MODEL_NAME, NUM_TRAIN, read_plan, read_summary, read_task, write_config
 
@@ -22,7 +25,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("[!_]*.py"))
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PICTURES = ("losses.png", "scores_own.png", "allocation_own.png", "scores_saved.png", "allocation_saved.png")
+PATTERNS = ("scores{}.png", "patterns_blocks{}.png", "patterns_operations{}.png", "patterns_density{}.png")
+RUN_PICTURES = tuple(name.format(f"_{run}") for name in (*PATTERNS, "allocation{}.png") for run in ("own", "saved"))
+PICTURES = (
+    *(f"report/{name}" for name in ("losses.png", *RUN_PICTURES)),
+    *(f"scores/{name.format('')}" for name in PATTERNS),
+    *(f"patterns/{name.format('_scores')}" for name in PATTERNS),
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +47,11 @@ def results(folder: Path) -> Mapping[str, ScriptResult]:
     ``own`` is a run that scores for itself, ``saved`` one that takes the scores of two ranks of ``sensitivity.py``.
     """
     config, task, merged = write_config(folder / "tiny.py"), folder / "own" / "task.safetensors", folder / "merged"
+    taus = ["--tau", "0.05", "--tau", "100"]
     use_scores = ["--cfg-options", f"sensitivity.scores={folder / 'scores'}"]
     steps: list[dict[str, Launch]] = [
         {
-            "sensitivity": Launch(["sensitivity.py", config, "--out", folder / "scores"], "torchrun", 2),
+            "sensitivity": Launch(["sensitivity.py", config, "--out", folder / "scores", *taus], "torchrun", 2),
             "own": Launch(["train.py", config, "--work-dir", folder / "own"]),
         },
         {
@@ -52,6 +62,7 @@ def results(folder: Path) -> Mapping[str, ScriptResult]:
             "evaluate task": Launch(["evaluate.py", config, "--task", task]),
             "evaluate merged": Launch(["evaluate.py", config, "--merged", merged], "torchrun", 2),
             "report": Launch(["report.py", folder / "own", folder / "saved", "--out", folder / "report"]),
+            "patterns": Launch(["report.py", folder / "scores", "--out", folder / "patterns", "--tau", "100"]),
         },
     ]
     done: dict[str, ScriptResult] = {}
@@ -131,7 +142,21 @@ def test_report_table(folder: Path, results: Mapping[str, ScriptResult]) -> None
         assert row in results["report"].stdout
 
 
-@pytest.mark.parametrize("name", [*(f"report/{name}" for name in PICTURES), "scores/scores.png"])
+@pytest.mark.distributed
+def test_patterns_of_two_ranks_are_those_of_the_saved_scores(folder: Path, results: Mapping[str, ScriptResult]) -> None:
+    scores = Scores.load(folder / "scores")
+    assert find_patterns(scores, [0.05, 100]).table() in results["sensitivity"].stdout
+    assert find_patterns(scores, [100]).table() in results["patterns"].stdout
+    both = json.loads((folder / "scores" / "patterns.json").read_text(encoding="utf-8"))
+    later = json.loads((folder / "patterns" / "patterns_scores.json").read_text(encoding="utf-8"))
+    assert both["taus"][0] == 100 == sum(tensor["sensitive"][0] for tensor in both["tensors"])
+    assert later["taus"] == [100]
+    for tensor, same in zip(both["tensors"], later["tensors"], strict=True):
+        assert tensor == same | {"sensitive": tensor["sensitive"]}
+        assert tensor["sensitive"][0] == same["sensitive"][0]
+
+
+@pytest.mark.parametrize("name", PICTURES)
 def test_pictures(folder: Path, results: Mapping[str, ScriptResult], name: str) -> None:
     path = folder / name
     assert path.read_bytes().startswith(PNG_SIGNATURE)
@@ -142,7 +167,16 @@ def test_pictures(folder: Path, results: Mapping[str, ScriptResult], name: str) 
     assert len(np.unique(pixels_HWC[..., :3].reshape(-1, 3), axis=0)) > 10
 
 
-def test_report_names_its_files(folder: Path, results: Mapping[str, ScriptResult]) -> None:
-    for name in ("report.txt", *PICTURES):
-        assert str(folder / "report" / name) in results["report"].stdout
-    assert {path.name for path in (folder / "report").iterdir()} == {"report.txt", *PICTURES}
+def test_reports_name_their_files(folder: Path, results: Mapping[str, ScriptResult]) -> None:
+    for script in ("report", "patterns"):
+        for path in (folder / script).iterdir():
+            assert str(path) in results[script].stdout
+    assert {path.name for path in (folder / "report").iterdir()} == {
+        "report.txt",
+        "losses.png",
+        "patterns_own.json",
+        "patterns_saved.json",
+        *RUN_PICTURES,
+    }
+    for name in ("patterns.json", *PATTERNS):
+        assert str(folder / "scores" / name.format("")) in results["sensitivity"].stdout
