@@ -46,7 +46,7 @@ class LocalBuffer:
     def finish(self, factor: float) -> ScoreShard:
         """The sums over all ranks times ``factor``; this rank's part. Collective."""
         start, stop = shard_bounds(self._index.total, world_size(), get_rank())
-        flat = self._flat.mul_(factor)
+        flat = self._flat if factor == 1 else self._flat.mul_(factor)
         if world_size() == 1:
             return ScoreShard(self._index, 0, flat)
         for owner, low, high in _cut_into_buckets(self._index.total, BUCKET_SIZE):

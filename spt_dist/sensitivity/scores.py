@@ -89,15 +89,13 @@ class Scores:
         Raises:
             UserError: names the first parameter concerned.
         """
-        bad = torch.zeros(len(self.names), dtype=torch.int64, device=self.shard.values.device)
+        highest = torch.zeros(len(self.names), device=self.shard.values.device)
         for place, part, _ in self.shard.segments():
-            bad[place] = (~self.shard.values[part].isfinite()).sum()
-        all_sum(bad)
-        if bad.any():
-            place = int(bad.nonzero()[0])
+            highest[place] = self.shard.values[part].amax()
+        bad = all_sum((~highest.isfinite()).int()).nonzero()
+        if len(bad):
             raise UserError(
-                f"{self.names[place]}: {int(bad[place])} scores are NaN or infinite; look for NaN in the inputs or an "
-                "overflowing loss (with autocast, try dtype=torch.bfloat16 or none)"
+                f"{self.names[int(bad[0])]}: the sum over all samples and ranks is NaN or infinite; make the loss smaller"
             )
 
     def save(self, directory: str | Path) -> None:

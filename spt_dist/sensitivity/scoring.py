@@ -175,8 +175,7 @@ class ScoringPass:
         assert self._buffer is not None
         with self._buffer.sums(name) as sums:
             rule(self._layers[name], inputs, grads, self._num_groups, sums)
-            # NaN and infinity in a gradient show in its smallest part, the bias, as well as in the large weight.
-            self._note_worst(min(sums.values(), key=Tensor.numel))
+            self._note_worst(sums)
 
     @torch.no_grad()
     def _on_direct_scores(self, name: str, scores: Tensor) -> None:
@@ -187,10 +186,11 @@ class ScoringPass:
         with self._buffer.sums(name) as sums:
             (total,) = sums.values()
             total += scores
-            self._note_worst(total)
+            self._note_worst(sums)
 
-    def _note_worst(self, scores: Tensor) -> None:
-        torch.maximum(self._worst, scores.max(), out=self._worst)
+    def _note_worst(self, sums: dict[str, Tensor]) -> None:
+        for scores in sums.values():
+            torch.maximum(self._worst, scores.amax(), out=self._worst)
 
 
 def _own_shapes(parameters: list[LogicalParameter], module: str) -> dict[str, tuple[int, ...]]:

@@ -122,11 +122,6 @@ def selected_positions(shard: ScoreShard, threshold: Threshold, names: Iterable[
     return {name: torch.cat([part[name] for part in everyone if name in part]) for name in ordered}
 
 
-def score_bits(shard: ScoreShard) -> Tensor:
-    """The scores' bit patterns as int32, which order like the scores."""
-    return _unsigned(shard.values.view(torch.int32), 0)
-
-
 def _find_crossing(shard: ScoreShard, fits: Callable[[Tensor], bool]) -> Crossing:
     """How low a threshold may go for the counts above it to fit; those of all scores must not."""
     num_names, device = len(shard.index.names), shard.values.device

@@ -19,7 +19,6 @@ from spt_dist.sensitivity.selection import (
     NOTHING,
     Threshold,
     count_selected,
-    score_bits,
     selected_positions,
     solve_threshold,
     top_tau,
@@ -183,13 +182,6 @@ def test_a_budget_for_everything_takes_everything() -> None:
         values = make_scores(kind, 1)
         shard = my_shard(values)
         assert chosen(shard, solve_threshold(shard, total, INDEX.total)) == set(range(INDEX.total))
-
-
-def test_bits_order_like_scores() -> None:
-    values = make_scores("pool", 3)
-    bits = score_bits(my_shard(values))
-    assert bits.dtype == torch.int32
-    assert torch.equal(bits[:, None] < bits, values[:, None] < values)
 
 
 Case = tuple[str, tuple[int, ...] | None]
