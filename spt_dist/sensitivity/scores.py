@@ -95,7 +95,7 @@ class Scores:
         bad = all_sum((~highest.isfinite()).int()).nonzero()
         if len(bad):
             raise UserError(
-                f"{self.names[int(bad[0])]}: the sum over all samples and ranks is NaN or infinite; make the loss smaller"
+                f"{self.names[int(bad[0])]}: the sum over samples and ranks is NaN or infinite; make the loss smaller"
             )
 
     def save(self, directory: str | Path) -> None:
