@@ -138,7 +138,9 @@ def own_name_of(name: str) -> str:
 
 
 def _used_by_parent(model: nn.Module, module_name: str) -> bool:
-    return own_name_of(module_name) == "qkv" and hasattr(model.get_submodule(parent_of(module_name)), "q_bias")
+    if own_name_of(module_name) != "qkv":
+        return False
+    return getattr(model.get_submodule(parent_of(module_name)), "q_bias", None) is not None
 
 
 def _split(

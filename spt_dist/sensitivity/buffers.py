@@ -90,11 +90,11 @@ class ShardedBuffer:
         """One batch is done: what has had no gradient contributes nothing."""
         self._missing = [0] * len(self._buckets)
         self._send_complete()
+        self._receive()
         self._start_batch()
 
     def finish(self, factor: float) -> ScoreShard:
         """The sums over all ranks times ``factor``; this rank's part. Collective."""
-        self._receive()
         self._shard.values.mul_(factor)
         return self._shard
 

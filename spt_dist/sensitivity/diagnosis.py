@@ -1,20 +1,15 @@
-"""What can be learnt from gradients without keeping scores: a loss scale for float16, and where NaN comes from."""
+"""Where NaN and infinity in the scores come from."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from spt_dist.errors import UserError
 from spt_dist.sensitivity.nested import batch_size, take, tensors
 from spt_dist.sensitivity.scoring import ScoringPass
-
-# Later samples may have gradients this many times those of the first before float16 overflows.
-_HEADROOM = 2.0**5
-_LARGEST_SCALE, _SMALLEST_SCALE = 2.0**16, 2.0**-16
 
 
 class NotFiniteError(UserError):
@@ -33,26 +28,6 @@ class NotFiniteError(UserError):
     def __str__(self) -> str:
         sample = f"sample {self.position} of rank {self.rank} (counted from 0 in the order of its batches)"
         return f"{self.where}, for {sample}"
-
-
-def find_loss_scale(scoring: ScoringPass, inputs: Any, targets: Any, agree: Callable[[bool], bool]) -> float:
-    """A power of two that brings the gradients of one sample high into float16's range, but not to its end.
-
-    Args:
-        scoring: the pass; its ``loss_scale`` is changed while trying.
-        inputs, targets: one sample.
-        agree: whether a truth holds on all ranks that run in step with this one.
-    """
-    scoring.loss_scale = _LARGEST_SCALE * _HEADROOM
-    while scoring.loss_scale > _SMALLEST_SCALE and not agree(_is_finite(scoring, inputs, targets)):
-        scoring.loss_scale /= 4
-    return scoring.loss_scale / _HEADROOM
-
-
-def _is_finite(scoring: ScoringPass, inputs: Any, targets: Any) -> bool:
-    finite: list[bool] = []
-    scoring.observe(inputs, targets, lambda _, scores: finite.extend(_all_finite(scores.values())))
-    return all(finite)
 
 
 def explain(scoring: ScoringPass, inputs: Any, targets: Any, rank: int, position: int, rounds: int) -> NotFiniteError:
@@ -123,8 +98,3 @@ def _outputs_watched(model: nn.Module, broken: list[str]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def is_half(model: nn.Module, dtype: torch.dtype | None) -> bool:
-    """Whether gradients come in float16, whose range is small."""
-    return dtype is torch.float16 or any(parameter.dtype is torch.float16 for parameter in model.parameters())

@@ -27,6 +27,7 @@ from spt_dist.sensitivity.nested import map_tensors, tensors
 # Names of torch functions, in-place and reflected forms included, that work element by element and broadcast.
 _ELEMENTWISE = {"add", "sub", "mul", "div", "true_divide", "truediv"}
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
+_ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 OnScore = Callable[[str, Tensor], None]
 
@@ -104,11 +105,22 @@ class DirectUses(TorchFunctionMode):
                 if not self._uses[name]:
                     self.unsupported.setdefault(name, "not used in a way that can be followed to the samples")
 
-    def end_backward(self) -> None:
-        """The backward pass is over: uses that no gradient has reached have none."""
+    def end_backward(self) -> set[str]:
+        """The backward pass is over: uses that no gradient has reached have none.
+
+        Returns:
+            Parameters that a gradient has reached on another way than through the uses that are followed.
+        """
         for name in list(self._gradients):
             self._finish(name)
+        missed = {name for name, leaf in self._leaves.items() if leaf.grad is not None} - self.unsupported.keys()
         self._forget()
+        return missed
+
+    def pass_layer(self, layer: str, inputs: Tensor) -> None:
+        """A layer with a rule is called: no parameter can be followed through it."""
+        if self._forward_runs and self._is_tracked(inputs):
+            self._give_up([inputs], f"passes through {layer} before it meets the samples")
 
     def _enter(self, module: str) -> None:
         # Engines that spread parameters over ranks put the whole ones in place only while a module runs, and work on
@@ -137,14 +149,21 @@ class DirectUses(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         found = [item for item in tensors((args, kwargs)) if self._is_tracked(item)]
-        if not found or not torch.is_grad_enabled():
+        if not found:
             return func(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            result = func(*args, **kwargs)
+            # What an engine does to parameters that it spreads over ranks is no use of them.
+            own = [item for item in found if not self._sharded.intersection(self._owners_of(item))]
+            if own and self._forward_runs and any(True for _ in tensors(result)):
+                self._give_up(own, "used with gradients switched off, as in a reentrant checkpoint")
+            return result
         others = [item for item in tensors((args, kwargs)) if not self._is_tracked(item)]
         if any(other.requires_grad for other in others):
             return self._meet_samples(func, args, kwargs, found)
         names = tuple(dict.fromkeys(name for item in found for name in self._names_of(item)))
         result = func(*map_tensors(args, self._traced), **map_tensors(kwargs, self._traced))
-        for tensor in tensors(result):
+        for tensor in tensors((result, args[:1] if _works_in_place(func) else ())):
             if tensor.requires_grad:
                 self._computed[id(tensor)] = (names, tensor)
         return result
@@ -159,6 +178,9 @@ class DirectUses(TorchFunctionMode):
             return self._computed[id(tensor)][0]
         return (self._watched[id(tensor)][0],)
 
+    def _owners_of(self, tensor: Tensor) -> set[str]:
+        return {self._places[name][0] for name in self._names_of(tensor)}
+
     def _traced(self, tensor: Tensor) -> Tensor:
         """A tracked tensor with a graph that leads back to copies of the parameters; others stay."""
         if not self._is_tracked(tensor) or id(tensor) in self._computed:
@@ -172,29 +194,47 @@ class DirectUses(TorchFunctionMode):
     def _meet_samples(self, func: Callable[..., Any], args: Any, kwargs: Any, found: list[Tensor]) -> Any:
         """Run a function of tracked tensors and of samples, with a copy of the tracked ones for each sample."""
         kind = func.__name__.strip("_").removeprefix("r").removeprefix("i")
-        if kind in _ELEMENTWISE:
-            operands = [item for item in tensors((args, kwargs)) if item.ndim]
+        if _works_in_place(func) and self._is_tracked(args[0]):
+            self._give_up(found, f"samples are written into it by {func.__name__}")
+        elif kind in _ELEMENTWISE:
+            operands = list(tensors((args, kwargs)))
             ndim = max(item.ndim for item in operands)
-            rows = max(item.shape[0] for item in operands if item.ndim == ndim)
-            return func(*map_tensors(args, partial(self._spread, rows, ndim)), **kwargs)
-        if func in _CONCATENATIONS:
-            rows, ndim = _shape_of_samples(args, kwargs, found)
-            return func(*map_tensors(args, partial(self._spread, rows, ndim)), **kwargs)
-        if func is F.scaled_dot_product_attention and [id(item) for item in found] == [id(_mask_of(args, kwargs))]:
-            spread = partial(self._spread, len(args[0]), args[0].ndim)
+            rows = max((item.shape[0] for item in operands if item.ndim == ndim > 0), default=1)
+            spread = partial(self._spread, rows, ndim)
             return func(*map_tensors(args, spread), **map_tensors(kwargs, spread))
-        bias = kwargs.get("bias", args[2] if len(args) > 2 else None)
-        if func is F.linear and [id(item) for item in found] == [id(bias)]:
-            inputs, weight = (*args, *kwargs.values())[:2]
-            return F.linear(inputs, weight) + self._spread(len(inputs), inputs.ndim, bias)
+        elif func in _CONCATENATIONS and (self._num_samples == 1 or _axis(args, kwargs) != 0):
+            # Nothing is broadcast here: what is joined has as many rows as the samples already.
+            return func(*map_tensors(args, self._spread_rows), **map_tensors(kwargs, self._spread_rows))
+        elif func is F.scaled_dot_product_attention:
+            given = dict(zip(_ATTENTION_ARGUMENTS, args, strict=False)) | kwargs
+            if [id(item) for item in found] == [id(given.get("attn_mask"))]:
+                query = given["query"]
+                return func(**map_tensors(given, partial(self._spread, len(query), query.ndim)))
+        elif func is F.linear:
+            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+            if [id(item) for item in found] == [id(given.get("bias"))]:
+                inputs = given["input"]
+                bias = self._spread(len(inputs), inputs.ndim, given["bias"])
+                return F.linear(inputs, given["weight"]) + bias
+        self._give_up(found, f"no rule for its use in {func.__name__}")
+        return func(*args, **kwargs)
+
+    def _give_up(self, found: list[Tensor], reason: str) -> None:
+        """List the parameters behind some tensors as unsupported.
+
+        Raises:
+            UserError: it is too late for that, since their scores are being summed up.
+        """
         for name in dict.fromkeys(name for item in found for name in self._names_of(item)):
             if self._settled and name not in self.unsupported:
                 raise UserError(
-                    f"{name}: used in {func.__name__} now, but not in the first forward pass; a model that changes its "
-                    "ways from batch to batch can't be scored"
+                    f"{name}: {reason}, and not so in the first forward pass, over one sample; with micro_batch=1 the "
+                    "passes are alike"
                 )
-            self.unsupported[name] = f"no rule for its use in {func.__name__}"
-        return func(*map_tensors(args, _detached_if(found)), **map_tensors(kwargs, _detached_if(found)))
+            self.unsupported[name] = reason
+
+    def _spread_rows(self, tensor: Tensor) -> Tensor:
+        return self._spread(len(tensor), tensor.ndim, tensor)
 
     def _spread(self, rows: int, ndim: int, tensor: Tensor) -> Tensor:
         """A tracked tensor as ``(L, ...)``, whose gradient is caught; others stay."""
@@ -204,7 +244,7 @@ class DirectUses(TorchFunctionMode):
         if self._forward_runs:
             self._uses.update(names)
         self._check_rows(names, rows)
-        leaves = {name: self._leaves[name] for name in names}
+        leaves = {name: self._leaves[name] for name in names if name in self._leaves}
         show = partial(self._add_gradients, leaves, traced)
         spread: Tensor = _Spread.apply(traced, rows, ndim, show)
         return spread
@@ -267,17 +307,12 @@ class _Spread(torch.autograd.Function):
         return None, None, None, None
 
 
-def _mask_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
+def _works_in_place(func: Callable[..., Any]) -> bool:
+    name = func.__name__
+    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
-def _shape_of_samples(args: Any, kwargs: Any, found: list[Tensor]) -> tuple[int, int]:
-    """Length of the first axis and number of axes of the samples in a concatenation."""
-    tracked = {id(item) for item in found}
-    sample = next(item for item in tensors((args, kwargs)) if id(item) not in tracked)
-    return len(sample), sample.ndim
-
-
-def _detached_if(found: list[Tensor]) -> Callable[[Tensor], Tensor]:
-    tracked = {id(item) for item in found}
-    return lambda item: item.detach() if id(item) in tracked else item
+def _axis(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """The axis of a concatenation, counted from the front."""
+    axis: int = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    return axis % next(tensors((args, kwargs))).ndim

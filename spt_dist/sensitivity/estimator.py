@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from spt_dist.errors import UserError
 from spt_dist.models.matrices import take_inventory
 from spt_dist.models.wrappers import is_sharded, unwrap
-from spt_dist.sensitivity.diagnosis import NotFiniteError, explain, find_loss_scale, is_half
+from spt_dist.sensitivity.agreement import announce_failure, exchange
+from spt_dist.sensitivity.diagnosis import NotFiniteError, explain
 from spt_dist.sensitivity.losses import LossFunction
 from spt_dist.sensitivity.memory import count_saved_bytes
 from spt_dist.sensitivity.modes import scoring_mode
@@ -80,11 +80,19 @@ def estimate_sensitivity(
     if not inventory.parameters:
         raise UserError(f"{type(model).__name__} has no weight outside its head: nothing to score")
     device = next(model.parameters()).device
-    options = PassOptions(criterion == "per_sample", dtype, shard_sums)
+    # Sharded weights are gathered by all ranks together, and so are sharded sums sent.
+    lockstep = world_size() > 1 and (is_sharded(model) or bool(shard_sums))
+    options = PassOptions(criterion == "per_sample", dtype, lockstep, shard_sums)
     scoring = ScoringPass(model, inventory, loss_fn, options, device)
     run = _Run(scoring, options, device, micro_batch, memory_limit)
     with scoring_mode(model, train_mode), scoring.attached():
-        run.over(batches)
+        try:
+            run.over(batches)
+        except Exception as error:
+            # In lockstep it may have come in the middle of the others' collectives, where nothing can be told.
+            if not lockstep:
+                announce_failure(error)
+            raise
     shard = scoring.finish()
     total = int(all_sum(torch.tensor(run.num_samples, device=device)))
     _log_skipped(inventory.head, scoring.skipped)
@@ -121,13 +129,11 @@ class _Run:
         self._failed = False
         self._scoring = scoring
         self._per_sample = options.per_sample
-        self._dtype = options.dtype
         self._device = device
         self._size = micro_batch
         self._memory_limit = memory_limit
         self._started = False
-        # Sharded weights are gathered by all ranks together, and so are sharded sums sent.
-        self._lockstep = world_size() > 1 and (is_sharded(scoring.model) or bool(options.shard_sums))
+        self._lockstep = options.lockstep
 
     def over(self, batches: Iterable[Batch]) -> None:
         """Run all batches, and end on all ranks alike if one comes upon NaN or infinity. Collective."""
@@ -136,16 +142,16 @@ class _Run:
         last: Batch | None = None
         for batch, is_own in steps:
             inputs, targets = (map_tensors(part, lambda tensor: tensor.to(self._device)) for part in batch)
+            self._scoring.add(inputs, targets, counts=is_own)
             if not self._started:
                 self._start(inputs, targets)
-            self._scoring.add(inputs, targets, counts=is_own)
             last = (inputs, targets)
             if is_own:
                 self.num_samples += batch_size(inputs)
                 self._failed = self._scoring.failed
             if self._failed and not self._lockstep:
                 break
-        self._scoring.settle(has_samples=last is not None)
+        self._scoring.join()
         self._raise_failure(last)
 
     def _next_size(self) -> int | None:
@@ -155,31 +161,23 @@ class _Run:
     def _start(self, inputs: Any, targets: Any) -> None:
         """What the first samples are for, besides their scores."""
         self._started = True
-        if is_half(self._scoring.model, self._dtype):
-            self._scoring.loss_scale = find_loss_scale(self._scoring, inputs, targets, self._agree)
         if self._memory_limit is not None:
             saved = count_saved_bytes(self._scoring, inputs, targets)
             self._size = min(self._size or self._memory_limit, max(1, self._memory_limit // saved))
 
     def _raise_failure(self, last: Batch | None) -> None:
         """Tell every rank of the first one's failure."""
-        if all_max(int(self._failed)) == 0:
+        failures = exchange(self._failed)
+        if not any(failures):
             return
-        own: NotFiniteError | None = None
+        found: NotFiniteError | None = None
         if self._failed or self._lockstep:
             assert last is not None
             size = batch_size(last[0])
             # In lockstep all ranks go through the same number of passes, and those that have not failed find nothing.
             rounds = all_max(size) if self._lockstep else size
-            own = explain(self._scoring, *last, get_rank(), self.num_samples - size, rounds)
-        failures = [own if self._failed else None]
-        if world_size() > 1:
-            own, failures = failures[0], [None] * world_size()
-            dist.all_gather_object(failures, own)
-        raise next(failure for failure in failures if failure is not None)
-
-    def _agree(self, truth: bool) -> bool:
-        return all_max(int(not truth)) == 0 if self._lockstep else truth
+            found = explain(self._scoring, *last, get_rank(), self.num_samples - size, rounds)
+        raise next(error for error in exchange(found if self._failed else None) if error is not None)
 
 
 def _alone(stream: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spt_dist.errors import UserError
-from spt_dist.sensitivity.nested import take
+from spt_dist.sensitivity.nested import leaves, take
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -23,21 +23,63 @@ def summed_loss(loss_fn: LossFunction, outputs: Any, targets: Any, num_samples: 
     Raises:
         UserError: ``loss_fn`` returns something else, or a constant.
     """
+    losses = _losses(loss_fn, outputs, targets, num_samples)
+    if losses.ndim == 1 or num_samples == 1:
+        return losses.sum()
+    # A scalar may be a mean, a sum or weighted: applied to one sample at a time it is that sample's own loss.
+    return torch.stack(_one_by_one(loss_fn, outputs, targets, num_samples)).sum()
+
+
+def mean_loss(loss_fn: LossFunction, outputs: Any, targets: Any, num_samples: int) -> Tensor:
+    """The mean loss of a batch: a scalar as ``loss_fn`` returns it, unless that is the sum over the samples.
+
+    Args:
+        loss_fn, outputs, targets, num_samples: as in ``summed_loss``.
+
+    Raises:
+        UserError: as ``summed_loss``.
+    """
+    losses = _losses(loss_fn, outputs, targets, num_samples)
+    if losses.ndim == 1 or num_samples == 1:
+        return losses.mean()
+    with torch.no_grad():
+        total = torch.stack(_one_by_one(loss_fn, outputs, targets, num_samples)).sum()
+    return losses / num_samples if torch.isclose(losses, total, rtol=1e-4) else losses
+
+
+def _losses(loss_fn: LossFunction, outputs: Any, targets: Any, num_samples: int) -> Tensor:
+    """What ``loss_fn`` returns: a scalar, or one value a sample."""
     losses = loss_fn(outputs, targets)
     if not isinstance(losses, Tensor) or not losses.requires_grad:
         raise UserError(
             f"loss_fn returned {type(losses).__name__} that does not depend on the model's layers; it has to return a "
             "tensor computed from the outputs, with gradients"
         )
-    if losses.ndim == 1 and len(losses) == num_samples:
-        return losses.sum()
-    if losses.ndim != 0:
+    if losses.ndim != 0 and losses.shape != (num_samples,):
         raise UserError(
             f"loss_fn returned shape {tuple(losses.shape)} for {num_samples} samples; "
             "it has to return a scalar or one value a sample"
         )
-    if num_samples == 1:
-        return losses
-    # A scalar may be a mean, a sum or weighted: applied to one sample at a time it is that sample's own loss.
+    return losses
+
+
+def _one_by_one(loss_fn: LossFunction, outputs: Any, targets: Any, num_samples: int) -> list[Tensor]:
+    """Each sample's own loss."""
+    for what, tree in (("the model's outputs", outputs), ("the targets", targets)):
+        _check_separable(what, tree, num_samples)
     rows = [slice(i, i + 1) for i in range(num_samples)]
-    return torch.stack([loss_fn(take(outputs, row), take(targets, row)) for row in rows]).sum()
+    return [loss_fn(take(outputs, row), take(targets, row)) for row in rows]
+
+
+def _check_separable(what: str, tree: Any, num_samples: int) -> None:
+    """Refuse what can't be cut into samples, and would be given to every sample whole."""
+    for leaf, is_listed in leaves(tree):
+        shared = isinstance(leaf, Tensor) and leaf.ndim == 0 and leaf.requires_grad
+        is_option = leaf is None or isinstance(leaf, (str, bool, int, float))
+        if shared or (not isinstance(leaf, Tensor) and (not is_option or (is_listed and not isinstance(leaf, str)))):
+            kind = "a tensor without axes" if shared else type(leaf).__name__
+            raise UserError(
+                f"loss_fn returned one value for {num_samples} samples, so it is applied to one sample at a time; but "
+                f"{what} hold {kind}, which has no samples along axis 0. Let loss_fn return one loss a sample, or pass "
+                "micro_batch=1"
+            )

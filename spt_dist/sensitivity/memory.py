@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from spt_dist.sensitivity.scoring import ScoringPass
 
@@ -13,7 +14,8 @@ def count_saved_bytes(scoring: ScoringPass, inputs: Any, targets: Any) -> int:
 
     What a gradient checkpoint computes anew is not kept. With sharded weights, those gathered for a layer count too.
     """
-    weights = {parameter.untyped_storage().data_ptr() for parameter in scoring.model.parameters()}
+    whole = [parameter for parameter in scoring.model.parameters() if not isinstance(parameter, DTensor)]
+    weights = {parameter.untyped_storage().data_ptr() for parameter in whole}
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:

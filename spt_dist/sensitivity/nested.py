@@ -1,5 +1,6 @@
 """Batches made of nested tuples, lists and mappings of tensors, with samples along axis 0."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -9,11 +10,15 @@ from spt_dist.errors import UserError
 
 
 def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply ``function`` to every tensor of a nested batch; mappings become dicts, other leaves stay."""
+    """Apply ``function`` to every tensor of a nested batch; dicts keep their type, other leaves stay."""
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, Mapping):
-        return {key: map_tensors(item, function) for key, item in tree.items()}
+        # Of its own kind: the outputs of some models are dicts with attributes.
+        mapped = copy.copy(tree) if isinstance(tree, dict) else dict(tree)
+        for key, item in tree.items():
+            mapped[key] = map_tensors(item, function)
+        return mapped
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(map_tensors(item, function) for item in tree))
     if isinstance(tree, (tuple, list)):
@@ -40,11 +45,16 @@ def batch_size(tree: Any) -> int:
 
 def tensors(tree: Any) -> Iterator[Tensor]:
     """Every tensor of a nested batch."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
+    return (leaf for leaf, _ in leaves(tree) if isinstance(leaf, Tensor))
+
+
+def leaves(tree: Any, is_listed: bool = False) -> Iterator[tuple[Any, bool]]:
+    """Everything in a nested batch that is no tuple, list or mapping, and whether it stands in a tuple or list."""
+    if isinstance(tree, Mapping):
         for item in tree.values():
-            yield from tensors(item)
+            yield from leaves(item)
     elif isinstance(tree, (tuple, list)):
         for item in tree:
-            yield from tensors(item)
+            yield from leaves(item, is_listed=True)
+    else:
+        yield tree, is_listed

@@ -7,18 +7,20 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from spt_dist.errors import UserError
 from spt_dist.models.matrices import Inventory, LogicalParameter
 from spt_dist.models.wrappers import is_sharded
+from spt_dist.sensitivity.agreement import exchange
 from spt_dist.sensitivity.buffers import Buffer, Unit, make_buffer
 from spt_dist.sensitivity.direct import DirectUses
-from spt_dist.sensitivity.losses import LossFunction, summed_loss
+from spt_dist.sensitivity.loss_scale import find_loss_scale
+from spt_dist.sensitivity.losses import LossFunction, mean_loss, summed_loss
 from spt_dist.sensitivity.nested import batch_size
 from spt_dist.sensitivity.rules import find_rule
-from spt_dist.sensitivity.shards import FlatIndex, ScoreShard, world_size
+from spt_dist.sensitivity.shards import FlatIndex, ScoreShard, all_max
 from spt_dist.sensitivity.taps import LayerTaps
 
 # What a pass does with the scores of one layer or one directly used parameter: (name, parameter -> its scores).
@@ -32,11 +34,13 @@ class PassOptions:
     Attributes:
         per_sample: square each sample's gradient; otherwise that of the mean over the samples of a pass.
         dtype: autocast to it; ``None`` for none.
+        lockstep: all ranks make the same number of passes.
         shard_sums: keep the sums in parts over the ranks, or whole on each; ``None`` for what ``make_buffer`` picks.
     """
 
     per_sample: bool
     dtype: torch.dtype | None
+    lockstep: bool
     shard_sums: bool | None
 
 
@@ -60,15 +64,20 @@ class ScoringPass:
         self._buffer: Buffer | None = None
         self._sink: Sink | None = None
         self._num_groups = 0
+        self._has_scale = False
+        self._confirmed = False
         self._worst = torch.zeros((), device=device)
-        tapped = [item for item in inventory.parameters if find_rule(model.get_submodule(item.module)) is not None]
+        tapped = [item for item in inventory.parameters if _has_rule(model, item)]
         self._layers = {item.module: model.get_submodule(item.module) for item in tapped}
         self._shapes = {name: _own_shapes(tapped, name) for name in self._layers}
-        direct = {item.name: (item.module, item.parameter) for item in inventory.parameters if item not in tapped}
-        self._taps = LayerTaps(model, self._layers, self._on_gradient, options.per_sample)
+        self._tapped = set(tapped)
+        direct = {item.name: (item.module, item.parameter) for item in inventory.parameters if item not in self._tapped}
         # Tokens and position embeddings come before all layers, and a sharded buffer is filled from its end.
-        first = [item.name for item in takewhile(lambda item: item not in tapped, inventory.parameters)]
+        first = [item.name for item in takewhile(lambda item: item not in self._tapped, inventory.parameters)]
         self._direct = DirectUses(model, direct, first, self._on_direct_scores)
+        self._taps = LayerTaps(
+            model, self._layers, self._direct.pass_layer, self._on_gradient, per_sample=options.per_sample
+        )
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -84,12 +93,30 @@ class ScoringPass:
             targets: what the loss function takes.
             counts: whether they count; if not, their scores are zeros.
         """
-        loss = self._forward(inputs, targets)
-        buffer = self.settle(has_samples=True)
-        self._worst.zero_()
-        self._backward(loss if counts else loss * 0)
-        buffer.end_batch()
+        confirmed = False
+        while not confirmed:
+            loss = self._forward(inputs, targets)
+            if self._taps.sees_half and not self._has_scale:
+                self._has_scale = True
+                self.loss_scale = find_loss_scale(lambda scale: self._is_finite(inputs, targets, scale))
+                continue
+            buffer = self._settle(has_samples=True)
+            self._worst.zero_()
+            missed = self._backward(loss if counts else loss * 0)
+            buffer.end_batch()
+            confirmed = self._confirm(missed)
         self.failed = not bool((loss.detach() + self._worst).isfinite())
+
+    def join(self) -> None:
+        """Take part in what the other ranks agree on in their first ``add``, without samples of one's own. Collective.
+
+        Raises:
+            UserError: no rank has samples.
+        """
+        confirmed = self._confirmed
+        while not confirmed:
+            self._settle(has_samples=False)
+            confirmed = self._confirm(set())
 
     def observe(self, inputs: Any, targets: Any, sink: Sink) -> Tensor:
         """Forward and backward as for ``add``, with the scores handed to ``sink``; returns the loss."""
@@ -99,23 +126,12 @@ class ScoringPass:
         self._sink = None
         return loss.detach()
 
-    def settle(self, has_samples: bool) -> Buffer:
-        """Agree with the other ranks, once, on what is scored, and make room for it. Collective the first time.
-
-        Args:
-            has_samples: whether this rank has had a forward pass.
-
-        Raises:
-            UserError: no rank has; or there is nothing to score.
-        """
+    def _settle(self, has_samples: bool) -> Buffer:
+        """Agree with the other ranks, once, on what is scored, and make room for it. Collective the first time."""
         if self._buffer is not None:
             return self._buffer
         mine = (self._direct.unsupported, self.loss_scale) if has_samples else None
-        everyone = [mine]
-        if world_size() > 1:
-            everyone = [None] * world_size()
-            dist.all_gather_object(everyone, mine)
-        found = [one for one in everyone if one is not None]
+        found = [one for one in exchange(mine) if one is not None]
         if not found:
             raise UserError("batches is empty: the sensitivity needs at least one sample")
         self.loss_scale = min(scale for _, scale in found)
@@ -130,15 +146,34 @@ class ScoringPass:
         self._buffer = make_buffer(index, self._units(index), self._device, sharded)
         return self._buffer
 
+    def _confirm(self, missed: set[str]) -> bool:
+        """Agree, once, that gradients have reached parameters only where they are followed. Collective until then.
+
+        Returns:
+            Whether that is so; if not, the pass has to be made again, without the parameters concerned.
+        """
+        if self._confirmed:
+            if missed:
+                raise UserError(f"{min(missed)}: a gradient reaches it on a way that the first pass did not have")
+            return True
+        everywhere = set().union(*exchange(missed))
+        for name in everywhere:
+            self._direct.unsupported[name] = "a gradient reaches it on a way that can't be followed"
+        self._confirmed = not everywhere
+        if everywhere:
+            self._buffer = None
+        return self._confirmed
+
     def finish(self) -> ScoreShard:
         """This rank's part of the scores. Collective."""
-        return self.settle(has_samples=False).finish(self.loss_scale**-2)
+        assert self._buffer is not None
+        return self._buffer.finish(self.loss_scale**-2)
 
     def _units(self, index: FlatIndex) -> Mapping[str, Unit]:
         """Where the parameters of each layer, and each directly used parameter, lie in the flat index space."""
         units: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {}
         for start, item in zip(index.offsets, self.parameters, strict=False):
-            if item.module not in self._layers:
+            if item not in self._tapped:
                 units[item.name] = {item.parameter: (start, item.shape)}
             elif item.start == 0:
                 # The q, k and v rows of a fused projection follow one another, so one run spans the parameter.
@@ -156,12 +191,29 @@ class ScoringPass:
             with self._direct.forward_pass(self._num_groups):
                 outputs = self.model(inputs)
             self._taps.check_all_called()
-            loss = summed_loss(self._loss_fn, outputs, targets, num_samples)
-        return loss if self._options.per_sample else loss / num_samples
+            loss = summed_loss if self._options.per_sample else mean_loss
+            return loss(self._loss_fn, outputs, targets, num_samples)
 
-    def _backward(self, loss: Tensor) -> None:
-        (loss * self.loss_scale).backward()
-        self._direct.end_backward()
+    def _backward(self, loss: Tensor) -> set[str]:
+        """Returns the parameters that a gradient has reached where they are not followed."""
+        try:
+            (loss * self.loss_scale).backward()
+        except CheckpointError as error:
+            raise UserError(
+                f"{type(self.model).__name__} has a gradient checkpoint around a part of a module that uses the "
+                "module's own parameters, which can't be followed there; switch gradient checkpointing off, and keep "
+                "memory down by micro_batch or memory_limit"
+            ) from error
+        self._taps.check_all_have_graph()
+        return self._direct.end_backward()
+
+    def _is_finite(self, inputs: Any, targets: Any, scale: float) -> bool:
+        """Whether all gradients are, with a loss scale, on all ranks that run in step with this one."""
+        self.loss_scale = scale
+        finite: list[Tensor] = []
+        self.observe(inputs, targets, lambda _, sums: finite.extend(s.isfinite().all() for s in sums.values()))
+        own = bool(torch.stack(finite).all())
+        return all_max(int(not own)) == 0 if self._options.lockstep else own
 
     @torch.no_grad()
     def _on_gradient(self, name: str, inputs: Tensor, grads: Tensor) -> None:
@@ -191,6 +243,11 @@ class ScoringPass:
     def _note_worst(self, sums: dict[str, Tensor]) -> None:
         for scores in sums.values():
             torch.maximum(self._worst, scores.amax(), out=self._worst)
+
+
+def _has_rule(model: nn.Module, item: LogicalParameter) -> bool:
+    """Whether a layer's rule scores the parameter; layers may have others (``weight_v`` of a weight norm)."""
+    return item.parameter in ("weight", "bias") and find_rule(model.get_submodule(item.module)) is not None
 
 
 def _own_shapes(parameters: list[LogicalParameter], module: str) -> dict[str, tuple[int, ...]]:

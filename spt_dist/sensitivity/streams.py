@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from spt_dist.errors import UserError
+from spt_dist.sensitivity.agreement import announce_failure
 from spt_dist.sensitivity.nested import batch_size, take
 from spt_dist.sensitivity.shards import collective_device, world_size
 
@@ -39,12 +40,20 @@ def in_lockstep(stream: Iterator[Batch], has_failed: Callable[[], bool]) -> Iter
         another rank's; it is to run it, for the collectives inside, and to leave it out of the result.
     """
     spare: Batch | None = None
+    error: Exception | None = None
     while True:
-        item = next(stream, None)
-        status = torch.tensor([item is not None, has_failed(), item is None and spare is None], dtype=torch.int32)
+        try:
+            item = next(stream, None)
+        except Exception as raised:  # whatever it is, the other ranks have to be told before it goes on its way
+            item, error = None, raised
+        failed = has_failed() or error is not None
+        status = torch.tensor([item is not None, failed, item is None and spare is None], dtype=torch.int32)
         most = status.to(collective_device())
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         anyone_has, anyone_failed, anyone_lacks = most.tolist()
+        if error is not None:
+            announce_failure(error)
+            raise error
         if not anyone_has or anyone_failed:
             return
         if anyone_lacks:

@@ -14,22 +14,31 @@ from spt_dist.errors import UserError
 from spt_dist.models.layers import layer_kind
 
 OnGradient = Callable[[str, Tensor, Tensor], None]
+OnCall = Callable[[str, Tensor], None]
 
 
 class LayerTaps:
     """Taps on the outputs of some layers.
 
-    ``on_gradient(name, inputs, grads)`` is called in the backward pass for each layer with its input and the gradient
-    of its output. The input is kept as autograd keeps what it needs: modified in place it is an error, and under
-    gradient checkpointing it is computed anew.
+    ``on_call(name, inputs)`` is called in the forward pass with each layer's input, and in the backward pass
+    ``on_gradient(name, inputs, grads)`` with its input and the gradient of its output. The input is kept as autograd
+    keeps what it needs: modified in place it is an error, and under gradient checkpointing it is computed anew.
+
+    Attributes:
+        sees_half: whether any layer so far has returned float16.
     """
 
-    def __init__(self, model: nn.Module, names: Iterable[str], on_gradient: OnGradient, per_sample: bool) -> None:
+    def __init__(
+        self, model: nn.Module, names: Iterable[str], on_call: OnCall, on_gradient: OnGradient, per_sample: bool
+    ) -> None:
+        self.sees_half = False
         self._layers = {name: model.get_submodule(name) for name in names}
+        self._on_call = on_call
         self._on_gradient = on_gradient
         self._per_sample = per_sample
         self._num_samples = 0
         self._calls: Counter[str] = Counter()
+        self._with_graph: set[str] = set()
         self._rows_of_one_sample: dict[str, int] = {}
 
     @contextmanager
@@ -49,6 +58,7 @@ class LayerTaps:
         """Begin a forward pass over ``num_samples`` samples."""
         self._num_samples = num_samples
         self._calls.clear()
+        self._with_graph.clear()
 
     def check_all_called(self) -> None:
         """Every layer must have run once: otherwise its scores would be silently wrong.
@@ -68,6 +78,19 @@ class LayerTaps:
                     "places can't be scored"
                 )
 
+    def check_all_have_graph(self) -> None:
+        """After the backward pass: layers that ran with gradients off, and never again with them on, have no scores.
+
+        Raises:
+            UserError: names the layer.
+        """
+        for name in self._layers:
+            if name not in self._with_graph:
+                raise UserError(
+                    f"{name}: ran with gradients switched off only (torch.no_grad, or a reentrant checkpoint around "
+                    "the first layers), so it can't be scored; use checkpoints with use_reentrant=False"
+                )
+
     def _after_forward(
         self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
@@ -75,7 +98,11 @@ class LayerTaps:
         # The first time through a reentrant checkpoint; the second has a graph.
         if not torch.is_grad_enabled():
             return output
-        inputs: Tensor = (args[0] if args else kwargs["input"]).detach()
+        self._with_graph.add(name)
+        self.sees_half |= output.dtype is torch.float16
+        given: Tensor = args[0] if args else next(iter(kwargs.values()))
+        self._on_call(name, given)
+        inputs = given.detach()
         self._check_rows(name, inputs)
         if torch.is_autocast_enabled(output.device.type) and layer_kind(layer) in ("linear", "conv2d"):
             # What the layer has really multiplied by its weight.

@@ -119,7 +119,7 @@ def peaks() -> dict[str, int]:
     model = make_vit(**MODEL)
     found = {}
     scoring = ScoringPass(
-        model, take_inventory(model), F.cross_entropy, PassOptions(True, None, None), torch.device("cpu")
+        model, take_inventory(model), F.cross_entropy, PassOptions(True, None, False, None), torch.device("cpu")
     )
     with scoring_mode(model, False), scoring.attached(), LiveBytes() as live:
         scoring.observe(images[:1], labels[:1], lambda name, scores: None)

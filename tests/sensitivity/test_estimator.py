@@ -182,7 +182,7 @@ def test_checkpointed_layers_keep_no_inputs() -> None:
         model.set_grad_checkpointing(checkpointing)  # type: ignore[operator]
         images, labels = make_samples(8)
         scoring = ScoringPass(
-            model, take_inventory(model), F.cross_entropy, PassOptions(True, None, None), torch.device("cpu")
+            model, take_inventory(model), F.cross_entropy, PassOptions(True, None, False, None), torch.device("cpu")
         )
         with scoring_mode(model, False), scoring.attached():
             scoring.observe(images[:1], labels[:1], lambda name, scores: None)
