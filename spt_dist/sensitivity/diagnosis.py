@@ -74,8 +74,7 @@ def _first_trouble(scoring: ScoringPass, inputs: Any, targets: Any) -> str | Non
     if not bool(loss.isfinite()):
         return "the loss is NaN or infinite, though every layer's output is finite"
     if broken_scores:
-        hint = "; with autocast, try dtype=torch.bfloat16 or none" if scoring.loss_scale != 1 else ""
-        return f"{broken_scores[0]}: its scores are NaN or infinite{hint}"
+        return f"{broken_scores[0]}: its scores are NaN or infinite (in float16, try dtype=torch.bfloat16 or none)"
     return None
 
 

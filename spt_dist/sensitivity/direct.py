@@ -9,7 +9,7 @@ Shape suffix: L leading rows, a multiple of the number of samples.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -40,12 +40,18 @@ class DirectUses(TorchFunctionMode):
     """
 
     def __init__(
-        self, model: nn.Module, places: Mapping[str, tuple[str, str]], last: Collection[str], on_score: OnScore
+        self,
+        model: nn.Module,
+        layers: Iterable[str],
+        places: Mapping[str, tuple[str, str]],
+        last: Collection[str],
+        on_score: OnScore,
     ) -> None:
         """Follow nothing yet.
 
         Args:
             model: the model.
+            layers: layers with a rule, the weights of which nothing else may use.
             places: name of each directly used parameter -> its module and its own name there.
             last: those whose scores are to come after everything else's.
             on_score: see the class.
@@ -63,12 +69,20 @@ class DirectUses(TorchFunctionMode):
         self._settled = False
         self._rows_of_one_sample: dict[tuple[tuple[str, ...], int], int] = {}
         self._watched: dict[int, tuple[str, Tensor]] = {}
+        # An engine works on the weights that it spreads over ranks, so these can't be watched.
+        self._layer_weights = {
+            id(parameter): (f"{name}.{own_name}".lstrip("."), parameter)
+            for name in layers
+            if not is_sharded(model)
+            for own_name, parameter in model.get_submodule(name).named_parameters(recurse=False)
+        }
         self._forget()
 
     def _forget(self) -> None:
         self._leaves: dict[str, Tensor] = {}
         self._computed: dict[int, tuple[tuple[str, ...], Tensor]] = {}
         self._uses: Counter[str] = Counter()
+        self._weight_uses: Counter[str] = Counter()
         self._places_seen: Counter[tuple[str, ...]] = Counter()
         self._gradients: dict[str, Tensor] = {}
 
@@ -104,6 +118,19 @@ class DirectUses(TorchFunctionMode):
             for name in self._places:
                 if not self._uses[name]:
                     self.unsupported.setdefault(name, "not used in a way that can be followed to the samples")
+
+    def check_layer_weights(self) -> None:
+        """A layer's own call uses its weight once; a function elsewhere that uses it too would go unseen.
+
+        Raises:
+            UserError: names a weight that more than one function has used.
+        """
+        for name, uses in self._weight_uses.items():
+            if uses > 1:
+                raise UserError(
+                    f"{name}: used functionally as well as by its layer's call; a weight that is used in several "
+                    "places can't be scored"
+                )
 
     def end_backward(self) -> set[str]:
         """The backward pass is over: uses that no gradient has reached have none.
@@ -148,6 +175,7 @@ class DirectUses(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self._count_layer_weights(args, kwargs)
         found = [item for item in tensors((args, kwargs)) if self._is_tracked(item)]
         if not found:
             return func(*args, **kwargs)
@@ -167,6 +195,13 @@ class DirectUses(TorchFunctionMode):
             if tensor.requires_grad:
                 self._computed[id(tensor)] = (names, tensor)
         return result
+
+    def _count_layer_weights(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._forward_runs or not self._layer_weights:
+            return
+        given = [id(item) for item in tensors((args, kwargs))]
+        if len(given) > 1:
+            self._weight_uses.update({self._layer_weights[key][0] for key in given if key in self._layer_weights})
 
     def _is_tracked(self, tensor: Tensor) -> bool:
         if id(tensor) in self._computed:
@@ -231,7 +266,7 @@ class DirectUses(TorchFunctionMode):
                     f"{name}: {reason}, and not so in the first forward pass, over one sample; with micro_batch=1 the "
                     "passes are alike"
                 )
-            self.unsupported[name] = reason
+            self.unsupported.setdefault(name, reason)
 
     def _spread_rows(self, tensor: Tensor) -> Tensor:
         return self._spread(len(tensor), tensor.ndim, tensor)

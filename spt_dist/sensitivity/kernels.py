@@ -51,8 +51,11 @@ def _add_one_by_one(scores_OI: Tensor, inputs_BTI: Tensor, grads_BTO: Tensor) ->
 
 def _add_squared_outer_products(scores_OI: Tensor, inputs_BI: Tensor, grads_BO: Tensor) -> None:
     """With a single position ``(d x^T)^2 = d^2 (x^2)^T``: one GEMM for all samples."""
-    dtype = scores_OI.dtype
-    scores_OI.addmm_(grads_BO.to(dtype).square().mT, inputs_BI.to(dtype).square())
+    grads_BO, inputs_BI = grads_BO.to(scores_OI.dtype), inputs_BI.to(scores_OI.dtype)
+    # Squares of tiny gradients would vanish before they are multiplied: a power of two moves over to the inputs.
+    _, exponents_B1 = torch.frexp(grads_BO.abs().amax(dim=1, keepdim=True))
+    grads_BO, inputs_BI = torch.ldexp(grads_BO, -exponents_B1), torch.ldexp(inputs_BI, exponents_B1)
+    scores_OI.addmm_(grads_BO.square().mT, inputs_BI.square())
 
 
 @cache

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spt_dist.errors import UserError
-from spt_dist.sensitivity.nested import leaves, take
+from spt_dist.sensitivity.nested import check_separable, take
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -65,21 +65,13 @@ def _losses(loss_fn: LossFunction, outputs: Any, targets: Any, num_samples: int)
 
 def _one_by_one(loss_fn: LossFunction, outputs: Any, targets: Any, num_samples: int) -> list[Tensor]:
     """Each sample's own loss."""
-    for what, tree in (("the model's outputs", outputs), ("the targets", targets)):
-        _check_separable(what, tree, num_samples)
+    try:
+        check_separable(outputs)
+        check_separable(targets)
+    except UserError as error:
+        raise UserError(
+            f"loss_fn returned one value for {num_samples} samples, so it is applied to one sample at a time; but in "
+            f"its arguments {error}. Let loss_fn return one loss a sample, or pass micro_batch=1"
+        ) from error
     rows = [slice(i, i + 1) for i in range(num_samples)]
     return [loss_fn(take(outputs, row), take(targets, row)) for row in rows]
-
-
-def _check_separable(what: str, tree: Any, num_samples: int) -> None:
-    """Refuse what can't be cut into samples, and would be given to every sample whole."""
-    for leaf, is_listed in leaves(tree):
-        shared = isinstance(leaf, Tensor) and leaf.ndim == 0 and leaf.requires_grad
-        is_option = leaf is None or isinstance(leaf, (str, bool, int, float))
-        if shared or (not isinstance(leaf, Tensor) and (not is_option or (is_listed and not isinstance(leaf, str)))):
-            kind = "a tensor without axes" if shared else type(leaf).__name__
-            raise UserError(
-                f"loss_fn returned one value for {num_samples} samples, so it is applied to one sample at a time; but "
-                f"{what} hold {kind}, which has no samples along axis 0. Let loss_fn return one loss a sample, or pass "
-                "micro_batch=1"
-            )

@@ -31,6 +31,22 @@ def take(tree: Any, rows: slice) -> Any:
     return map_tensors(tree, lambda tensor: tensor[rows] if tensor.ndim else tensor)
 
 
+def check_separable(tree: Any) -> None:
+    """Refuse what ``take`` would hand to every sample whole.
+
+    Raises:
+        UserError: a leaf is an object that holds who knows what, a number in a list, or a tensor without axes that
+            gradients go through.
+    """
+    for leaf, is_listed in _leaves(tree):
+        if isinstance(leaf, Tensor):
+            if leaf.ndim == 0 and leaf.requires_grad:
+                raise UserError("there is a tensor without axes, so without samples along axis 0")
+        elif leaf is not None and not isinstance(leaf, str) and (is_listed or not isinstance(leaf, (bool, int, float))):
+            place = "in a list" if is_listed else "that is no tensor"
+            raise UserError(f"there is a {type(leaf).__name__} {place}, which has no samples along axis 0")
+
+
 def batch_size(tree: Any) -> int:
     """Number of samples of a nested batch: the length of its first tensor that has an axis.
 
@@ -45,16 +61,16 @@ def batch_size(tree: Any) -> int:
 
 def tensors(tree: Any) -> Iterator[Tensor]:
     """Every tensor of a nested batch."""
-    return (leaf for leaf, _ in leaves(tree) if isinstance(leaf, Tensor))
+    return (leaf for leaf, _ in _leaves(tree) if isinstance(leaf, Tensor))
 
 
-def leaves(tree: Any, is_listed: bool = False) -> Iterator[tuple[Any, bool]]:
+def _leaves(tree: Any, is_listed: bool = False) -> Iterator[tuple[Any, bool]]:
     """Everything in a nested batch that is no tuple, list or mapping, and whether it stands in a tuple or list."""
     if isinstance(tree, Mapping):
         for item in tree.values():
-            yield from leaves(item)
+            yield from _leaves(item)
     elif isinstance(tree, (tuple, list)):
         for item in tree:
-            yield from leaves(item, is_listed=True)
+            yield from _leaves(item, is_listed=True)
     else:
         yield tree, is_listed

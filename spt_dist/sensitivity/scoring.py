@@ -74,7 +74,7 @@ class ScoringPass:
         direct = {item.name: (item.module, item.parameter) for item in inventory.parameters if item not in self._tapped}
         # Tokens and position embeddings come before all layers, and a sharded buffer is filled from its end.
         first = [item.name for item in takewhile(lambda item: item not in self._tapped, inventory.parameters)]
-        self._direct = DirectUses(model, direct, first, self._on_direct_scores)
+        self._direct = DirectUses(model, self._layers, direct, first, self._on_direct_scores)
         self._taps = LayerTaps(
             model, self._layers, self._direct.pass_layer, self._on_gradient, per_sample=options.per_sample
         )
@@ -191,6 +191,7 @@ class ScoringPass:
             with self._direct.forward_pass(self._num_groups):
                 outputs = self.model(inputs)
             self._taps.check_all_called()
+            self._direct.check_layer_weights()
             loss = summed_loss if self._options.per_sample else mean_loss
             return loss(self._loss_fn, outputs, targets, num_samples)
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from spt_dist.errors import UserError
 from spt_dist.sensitivity.agreement import announce_failure
-from spt_dist.sensitivity.nested import batch_size, take
+from spt_dist.sensitivity.nested import batch_size, check_separable, take
 from spt_dist.sensitivity.shards import collective_device, world_size
 
 Batch = tuple[Any, Any]
@@ -25,11 +25,21 @@ def micro_batches(batches: Iterable[Batch], size: Callable[[], int | None]) -> I
             raise UserError(f"batches: an item has to be a pair (inputs, targets), not {type(batch).__name__}")
         inputs, targets = batch
         num_samples = batch_size(inputs)
+        if num_samples > 1:
+            for what, part in (("inputs", inputs), ("targets", targets)):
+                _check(what, part)
         start = 0
         while start < num_samples:
             rows = slice(start, start + (size() or num_samples))
             yield take(inputs, rows), take(targets, rows)
             start = rows.stop
+
+
+def _check(what: str, part: Any) -> None:
+    try:
+        check_separable(part)
+    except UserError as error:
+        raise UserError(f"batches: in the {what} {error}; make it a tensor") from error
 
 
 def in_lockstep(stream: Iterator[Batch], has_failed: Callable[[], bool]) -> Iterator[tuple[Batch, bool]]:

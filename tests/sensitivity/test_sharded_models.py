@@ -1,5 +1,6 @@
 """Scores of models that engines have wrapped or spread over the ranks."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from spt_dist import estimate_sensitivity
+from spt_dist import UserError, estimate_sensitivity
 from spt_dist.compat import forbid_deepspeed_cpu_kernels
 from tests.models_for_tests import make_samples, make_vit, pick
 from tests.ranks import run_ranks
@@ -80,3 +81,51 @@ def test_wrapped_models_score_as_plain_ones(how: str, world_size: int) -> None:
         for name, value in scores.items():
             if not name.endswith("attn.k.bias"):
                 assert relative_error(value, pick(wanted, name)) < 2e-5, name
+
+
+def score_within_a_limit() -> tuple[dict[str, Tensor], list[int]]:
+    """Scores of an FSDP2 model with a memory limit, and the sizes of the passes."""
+    images, labels = make_samples(8)
+    model = shard(make_vit())
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    scores = estimate_sensitivity(model, [(images, labels)], F.cross_entropy, memory_limit=300_000)
+    return {name: scores[name] for name in scores.names}, sizes
+
+
+@pytest.mark.distributed
+def test_memory_limit_on_a_sharded_model() -> None:
+    wanted = one_by_one(make_vit(), *make_samples(8), F.cross_entropy)
+    for scores, sizes in run_ranks(score_within_a_limit, 2):
+        assert sizes[:2] == [1, 1]
+        assert max(sizes) < 7
+        # Both ranks score the same samples.
+        for name, value in scores.items():
+            if not name.endswith("attn.k.bias"):
+                assert relative_error(value, 2 * pick(wanted, name)) < 2e-5, name
+
+
+def fail_on_rank_1(when: int, shard_sums: bool) -> str:
+    """What each rank says when rank 1's batches end in an error."""
+    images, labels = make_samples(6)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for step in range(3):
+            if step == when and dist.get_rank() == 1:
+                raise OSError("disk gone")
+            yield images[2 * step : 2 * step + 2], labels[2 * step : 2 * step + 2]
+
+    try:
+        estimate_sensitivity(make_vit(), batches(), F.cross_entropy, shard_sums=shard_sums)
+    except (OSError, UserError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("shard_sums", [False, True])
+@pytest.mark.parametrize("when", [0, 2])
+def test_a_rank_that_fails_takes_the_others_with_it(when: int, shard_sums: bool) -> None:
+    other, own = run_ranks(fail_on_rank_1, 2, when, shard_sums, timeout=60)
+    assert own == "OSError: disk gone"
+    assert other == "OtherRankFailed: rank 1 failed: OSError: disk gone"
