@@ -1,6 +1,8 @@
 """Run stage 1 only: save the scores of every weight, for any number of budgets later, and report where the most
 sensitive weights lie, by block and by operation."""
 
+from pathlib import Path
+
 import torch.distributed as dist
 
 from _cli import add_config_options, describe, make_parser, read_config, run
@@ -9,7 +11,7 @@ from spt_dist.models.matrices import take_inventory
 from spt_dist.parallel.launch import process_group
 from spt_dist.report.patterns import TAUS, parse_taus, resolve_taus
 from spt_dist.report.stage_one import report_scores
-from spt_dist.training.pipeline import build_model, check_config, score
+from spt_dist.training.pipeline import build_model, check_config, check_setup, score
 
 EXAMPLE = "torchrun --nproc_per_node 2 launch/sensitivity.py configs/quickstart/digits_spt_lora.py --out scores/digits"
 
@@ -32,6 +34,7 @@ def main() -> None:
         check_config(config)
         task = build_task(config.data, config.model.num_classes)
         model = build_model(config)
+        check_setup(Path(arguments.out), task, model)
         resolve_taus(taus, take_inventory(model).backbone_size)
         scores = score(config, model, task)
         scores.save(arguments.out)

@@ -179,7 +179,7 @@ def run_training(config: RunConfig, config_path: str, resume: str | None = None)
     work_dir = Path(config.work_dir)
     task = build_task(config.data, config.model.num_classes)
     model = build_model(config)
-    _check_setup(work_dir, task, model)
+    check_setup(work_dir, task, model)
     path = None if resume is None else find_checkpoint(resume, work_dir / "checkpoints")
     checkpoint = None if path is None else load_checkpoint(path)
     started = time.perf_counter()
@@ -226,14 +226,14 @@ def run_training(config: RunConfig, config_path: str, resume: str | None = None)
     return result
 
 
-def _check_setup(work_dir: Path, task: Task, model: nn.Module) -> None:
+def check_setup(work_dir: Path, task: Task, model: nn.Module) -> None:
     """Refuse what would fail in the middle of a run.
 
     Raises:
         UserError: the work dir is a file, or the model does not take the task's images.
     """
     if work_dir.exists() and not work_dir.is_dir():
-        raise UserError(f"{work_dir}: the work dir is a file; give --work-dir a folder")
+        raise UserError(f"{work_dir}: is a file, but results need a folder; give another (--work-dir, --out)")
     image_CHW, _ = task.train[0]
     model.eval()
     try:
