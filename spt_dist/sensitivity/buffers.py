@@ -154,7 +154,8 @@ def make_buffer(index: FlatIndex, units: Mapping[str, Unit], device: torch.devic
     """
     kind = ShardedBuffer if sharded and world_size() > 1 else LocalBuffer
     words = "in parts over the ranks" if kind is ShardedBuffer else "whole on each rank"
-    logger.info("sums of %s scores are kept %s", f"{index.total:,}", words)
+    if get_rank() == 0:
+        logger.info("sums of %s scores are kept %s", f"{index.total:,}", words)
     return kind(index, units, device)
 
 

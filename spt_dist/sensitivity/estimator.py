@@ -95,7 +95,8 @@ def estimate_sensitivity(
             raise
     shard = scoring.finish()
     total = int(all_sum(torch.tensor(run.num_samples, device=device)))
-    _log_skipped(inventory.head, scoring.skipped)
+    if get_rank() == 0:
+        _log_skipped(inventory.head, scoring.skipped)
     shapes = {item.name: list(item.shape) for item in inventory.parameters}
     info = ScoreInfo(
         criterion=criterion,
