@@ -5,6 +5,7 @@ from math import prod
 
 from spt_dist.errors import UserError
 
+# Those that can be allocated and injected; published allocations have adapters as well.
 STRUCTURED_KINDS = ("lora",)
 PRESETS: dict[str, tuple[float, float | None]] = {"paper": (1.0, None), "released": (10.0, 5.0)}
 
@@ -12,10 +13,13 @@ PRESETS: dict[str, tuple[float, float | None]] = {"paper": (1.0, None), "release
 def structured_cost(kind: str, shape: tuple[int, ...], rank: int) -> int:
     """Trainable parameters of a structured module on a matrix of ``shape`` ``(out_features, in_features)``.
 
-    LoRA: ``r (in + out)`` (SPT, section 3.3: "structured never costs more than the sensitive weights").
+    LoRA: ``r (in + out)`` (SPT, section 3.3: "structured never costs more than the sensitive weights"). Adapter:
+    ``2 r out + r + out``, both projections of the matrix's output and their biases (the published code of SPT).
     """
-    assert kind == "lora"
     out_features, in_features = shape
+    if kind == "adapter":
+        return 2 * rank * out_features + rank + out_features
+    assert kind == "lora"
     return rank * (in_features + out_features)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spt_dist.allocation.costs import structured_cost
+from spt_dist.allocation.published import read_allocation
 from spt_dist.errors import UserError
 from spt_dist.files import load_tensors, save_tensors
 from spt_dist.tables import format_table
@@ -25,7 +26,7 @@ class Plan:
     Names are logical (``blocks.3.attn.q.weight``, see ``models.matrices``) except under ``parameters`` and ``head``.
 
     Attributes:
-        matrices: logical weight -> kind of its structured module ("lora").
+        matrices: logical weight -> kind of its structured module ("lora"; "adapter" only from ``from_spt_release``).
         vectors: logical vectors (biases, norm weights) that are tuned whole.
         sparse: logical name -> sorted int64 flat row-major indices of the weights tuned one by one.
         parameters: the model's own parameters trained in place and counted (``cls_token``).
@@ -145,6 +146,28 @@ class Plan:
         """
         tensors, metadata = load_tensors(path, "plan")
         return cls.from_tensors(tensors, metadata["plan"], path)
+
+    @classmethod
+    def from_spt_release(cls, path: str | Path) -> "Plan":
+        """Read an allocation that SPT's authors published for ViT-B/16 (``param_req_*.pth`` of github.com/ziplab/SPT).
+
+        The kind of its modules, LoRA or adapters of rank 8, follows from the file's own count. ``num_trainable`` is
+        the file's ``params``, and ``inject`` makes as many parameters trainable: the published code counts single
+        weights of norms but does not train them, here they are trained. As there, so are ``cls_token`` and the head.
+
+        Args:
+            path: a file as the authors published it. Nothing in it is run: it may hold containers, numbers and
+                tensors only.
+
+        Returns:
+            A plan for timm's ``vit_base_patch16_224`` or a model with the same names and shapes. One with adapters
+            can be looked at, but not injected yet.
+
+        Raises:
+            UserError: no such file; it is truncated or another file; it refers to other classes or functions; or its
+                parts do not fit together.
+        """
+        return cls(**read_allocation(path))
 
 
 def operation_of(name: str) -> str:

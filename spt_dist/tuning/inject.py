@@ -7,6 +7,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from spt_dist.allocation.costs import STRUCTURED_KINDS
 from spt_dist.allocation.plan import Plan
 from spt_dist.errors import UserError
 from spt_dist.models.fingerprint import fingerprint
@@ -126,6 +127,12 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _find_places(model: nn.Module, plan: Plan) -> dict[str, list[LogicalParameter]]:
+    for name, kind in plan.matrices.items():
+        if kind not in STRUCTURED_KINDS:
+            raise UserError(
+                f"plan: {name} is to have a module of kind {kind!r}, which can't be injected yet; use a plan with "
+                f"{', '.join(STRUCTURED_KINDS)}"
+            )
     known = take_inventory(model).by_name()
     placed: dict[str, list[LogicalParameter]] = defaultdict(list)
     named = Counter([*plan.matrices, *plan.vectors, *plan.sparse, *plan.parameters])
