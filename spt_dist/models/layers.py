@@ -23,11 +23,6 @@ def is_linear(module: nn.Module) -> bool:
     return layer_kind(module) == "linear"
 
 
-def is_layer_norm(module: nn.Module) -> bool:
-    """Whether the module is a layer norm over the last axis alone."""
-    return layer_kind(module) == "layer_norm" and len(module.normalized_shape) == 1  # type: ignore[arg-type]
-
-
 @cache
 def _kinds() -> dict[Callable[..., Any], str]:
     from timm.layers import GroupNorm, GroupNorm1, LayerNorm, LayerNorm2d
