@@ -59,8 +59,7 @@ def allocate(
     info = scores.info
     reserved = sum(prod(shape) for shape in info.always_tuned.values())
     rule, limit = request.resolve(info.backbone_size, reserved)
-    # What is tuned in any case takes no part in the choice.
-    names = [name for name in scores.names if name not in info.always_tuned]
+    names = scores.selectable
     matrices = set(info.matrices)
     if preset == "released":
         names = eligible_names(names)

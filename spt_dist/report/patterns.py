@@ -116,7 +116,7 @@ def find_patterns(scores: Scores, taus: Sequence[int | float] = TAUS) -> Pattern
     Raises:
         UserError: as ``resolve_taus``.
     """
-    shard = restrict(scores.shard, [name for name in scores.names if name not in scores.info.always_tuned])
+    shard = restrict(scores.shard, scores.selectable)
     resolved = resolve_taus(taus, shard.index.total)
     counts = [count_selected(shard, top_tau(shard, tau)).numpy() for tau in resolved]
     sizes = np.array([prod(shape) for shape in shard.index.shapes], dtype=np.int64)

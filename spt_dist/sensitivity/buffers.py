@@ -8,6 +8,7 @@ on: the least memory, but the ranks have to go through their batches in lockstep
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ class LocalBuffer:
         self._index = index
         self._flat = torch.zeros(index.total, dtype=torch.float32, device=device)
         self._views = {
-            unit: {name: self._flat[start : start + _numel(shape)].view(shape) for name, (start, shape) in part.items()}
+            unit: {name: self._flat[start : start + prod(shape)].view(shape) for name, (start, shape) in part.items()}
             for unit, part in units.items()
         }
 
@@ -166,7 +167,3 @@ def _cut_into_buckets(total: int, bucket_size: int) -> list[tuple[int, int, int]
         start, stop = shard_bounds(total, world_size(), owner)
         buckets += [(owner, low, min(low + bucket_size, stop)) for low in range(start, stop, bucket_size)]
     return buckets
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()

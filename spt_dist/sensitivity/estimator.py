@@ -164,7 +164,8 @@ class _Run:
         self._started = True
         if self._memory_limit is not None:
             saved = count_saved_bytes(self._scoring, inputs, targets)
-            self._size = min(self._size or self._memory_limit, max(1, self._memory_limit // saved))
+            fitting = max(1, self._memory_limit // saved)
+            self._size = fitting if self._size is None else min(self._size, fitting)
 
     def _raise_failure(self, last: Batch | None) -> None:
         """Tell every rank of the first one's failure."""

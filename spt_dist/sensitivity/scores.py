@@ -74,6 +74,11 @@ class Scores:
         return self.shard.index.names
 
     @property
+    def selectable(self) -> list[str]:
+        """Those of ``names`` that selection chooses from: what is tuned in any case takes no part."""
+        return [name for name in self.names if name not in self.info.always_tuned]
+
+    @property
     def num_samples(self) -> int:
         """Samples that were scored, over all ranks."""
         return self.info.num_samples

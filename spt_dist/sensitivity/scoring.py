@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import groupby, takewhile
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from spt_dist.errors import UserError
-from spt_dist.models.matrices import Inventory, LogicalParameter
+from spt_dist.models.matrices import Inventory, LogicalParameter, whole_shape
 from spt_dist.models.wrappers import is_sharded
 from spt_dist.sensitivity.agreement import exchange
 from spt_dist.sensitivity.buffers import Buffer, Unit, make_buffer
@@ -69,7 +70,11 @@ class ScoringPass:
         self._worst = torch.zeros((), device=device)
         tapped = [item for item in inventory.parameters if _has_rule(model, item)]
         self._layers = {item.module: model.get_submodule(item.module) for item in tapped}
-        self._shapes = {name: _own_shapes(tapped, name) for name in self._layers}
+        # Of the layers' own parameters, of which the logical ones are rows.
+        self._shapes = {
+            module: {item.parameter: whole_shape(self._layers[module].get_parameter(item.parameter)) for item in items}
+            for module, items in groupby(tapped, key=attrgetter("module"))
+        }
         self._tapped = set(tapped)
         direct = {item.name: (item.module, item.parameter) for item in inventory.parameters if item not in self._tapped}
         # Tokens and position embeddings come before all layers, and a sharded buffer is filled from its end.
@@ -249,13 +254,3 @@ class ScoringPass:
 def _has_rule(model: nn.Module, item: LogicalParameter) -> bool:
     """Whether a layer's rule scores the parameter; layers may have others (``weight_v`` of a weight norm)."""
     return item.parameter in ("weight", "bias") and find_rule(model.get_submodule(item.module)) is not None
-
-
-def _own_shapes(parameters: list[LogicalParameter], module: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of a layer's own parameters, of which the logical ones are rows."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for item in parameters:
-        if item.module == module:
-            rows = shapes.get(item.parameter, (0,))[0]
-            shapes[item.parameter] = (rows + item.shape[0], *item.shape[1:])
-    return shapes

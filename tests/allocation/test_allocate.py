@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spt_dist import Plan, Scores, UserError, allocate, estimate_sensitivity
-from spt_dist.sensitivity.scores import ScoreInfo
 from spt_dist.sensitivity.shards import FlatIndex, ScoreShard
 from tests.models_for_tests import make_samples, make_vit
 from tests.ranks import run_ranks
+from tests.scores_for_tests import make_info
 
 SHAPES = {"x.weight": (8, 6), "x.bias": (8,), "norm.weight": (6,), "y.weight": (20, 10), "y.bias": (20,)}
 INDEX = FlatIndex(tuple(SHAPES), tuple(SHAPES.values()))
@@ -25,17 +25,7 @@ def make_scores(values: Tensor | None = None, cls_token: int = 5) -> Scores:
     """Scores of two matrices, two biases and a norm; ``cls_token`` weights are always tuned."""
     values = torch.rand(INDEX.total).exp() if values is None else values
     always = {"cls_token": [1, 1, cls_token]} if cls_token else {}
-    info = ScoreInfo(
-        criterion="per_sample",
-        loss_reduction="sum",
-        num_samples=3,
-        train_mode=False,
-        head=["head.weight"],
-        always_tuned=always,
-        skipped={},
-        matrices=["x.weight", "y.weight"],
-        backbone_size=BACKBONE,
-    )
+    info = make_info(always_tuned=always, matrices=["x.weight", "y.weight"], backbone_size=BACKBONE)
     return Scores(ScoreShard(INDEX, 0, values), info)
 
 

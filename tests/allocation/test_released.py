@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from spt_dist import Plan, Scores, UserError, allocate, estimate_sensitivity
 from spt_dist.allocation.released import TAUS, eligible_names, highest_scores, matrix_names
-from spt_dist.sensitivity.scores import ScoreInfo
 from spt_dist.sensitivity.shards import FlatIndex, ScoreShard, get_rank, shard_bounds, world_size
 from tests.ranks import run_ranks
+from tests.scores_for_tests import make_info
 
 Chosen = dict[str, list[int] | str]
 
@@ -144,14 +144,12 @@ SHAPES = {
 }
 INDEX = FlatIndex(tuple(SHAPES), tuple(SHAPES.values()))
 ELIGIBLE = {name: shape for name, shape in SHAPES.items() if not name.startswith(("cls", "pos", "patch"))}
-INFO = ScoreInfo(
+INFO = make_info(
     criterion="batch",
     loss_reduction="mean",
     num_samples=512,
     train_mode=True,
-    head=["head.weight"],
     always_tuned={"cls_token": [1, 1, 40]},
-    skipped={},
     matrices=[name for name, shape in ELIGIBLE.items() if len(shape) == 2],
     backbone_size=INDEX.total,
 )

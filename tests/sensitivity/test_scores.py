@@ -9,18 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spt_dist import Scores, UserError
-from spt_dist.sensitivity.scores import ScoreInfo
 from spt_dist.sensitivity.shards import FlatIndex, ScoreShard, shard_bounds
 from tests.ranks import run_ranks
+from tests.scores_for_tests import make_info
 
 INDEX = FlatIndex(("a.weight", "a.bias", "b.weight"), ((3, 4), (3,), (2, 2)))
 VALUES = torch.arange(INDEX.total, dtype=torch.float32)
-INFO = ScoreInfo(
-    criterion="per_sample",
-    loss_reduction="sum",
+INFO = make_info(
     num_samples=5,
-    train_mode=False,
-    head=["head.weight"],
     always_tuned={"cls_token": [1, 1, 4]},
     skipped={"pos_embed": "why"},
     matrices=["a.weight", "b.weight"],
