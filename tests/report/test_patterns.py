@@ -21,9 +21,9 @@ from spt_dist.report.figures import draw_block_patterns, draw_densities, draw_op
 from spt_dist.report.patterns import TAUS, find_patterns, mean_scores, parse_taus, resolve_taus
 from spt_dist.report.runs import compare_runs
 from spt_dist.report.stage_one import report_scores
-from spt_dist.sensitivity.scores import ScoreInfo
 from spt_dist.sensitivity.shards import FlatIndex, ScoreShard, shard_bounds
 from tests.ranks import run_ranks
+from tests.scores_for_tests import make_info
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -64,17 +64,8 @@ def make_scores(shapes: Shapes, values: Tensor) -> Scores:
     size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     index = FlatIndex(tuple(shapes), tuple(shapes.values()))
     start, stop = shard_bounds(index.total, size, rank)
-    info = ScoreInfo(
-        criterion="per_sample",
-        loss_reduction="sum",
-        num_samples=3,
-        train_mode=False,
-        head=[],
-        always_tuned={name: list(shape) for name, shape in shapes.items() if name == "cls_token"},
-        skipped={},
-        matrices=[],
-        backbone_size=index.total,
-    )
+    always = {name: list(shape) for name, shape in shapes.items() if name == "cls_token"}
+    info = make_info(head=[], always_tuned=always, backbone_size=index.total)
     return Scores(ScoreShard(index, start, values[start:stop].clone()), info)
 
 
