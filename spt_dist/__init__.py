@@ -11,12 +11,16 @@ from spt_dist.sensitivity.estimator import estimate_sensitivity  # noqa: E402
 from spt_dist.sensitivity.scores import Scores  # noqa: E402
 from spt_dist.tuning.delta import load_delta, save_delta  # noqa: E402
 from spt_dist.tuning.inject import inject, print_trainable_parameters, trainable_parameters  # noqa: E402
-from spt_dist.tuning.merge import merge  # noqa: E402
+from spt_dist.tuning.merge import merge, unmerge  # noqa: E402
+from spt_dist.tuning.registry import register_structured  # noqa: E402
+from spt_dist.tuning.structured import ModuleSpec, StructuredModule  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
+    "ModuleSpec",
     "Plan",
     "Scores",
+    "StructuredModule",
     "UserError",
     "allocate",
     "estimate_sensitivity",
@@ -24,6 +28,8 @@ __all__ = [
     "load_delta",
     "merge",
     "print_trainable_parameters",
+    "register_structured",
     "save_delta",
     "trainable_parameters",
+    "unmerge",
 ]

@@ -1,45 +1,26 @@
-"""What tuning a matrix, a vector or single weights costs in trainable parameters, and when each is chosen."""
+"""When a tensor is tuned by a module, whole or weight by weight, and what that costs in trainable parameters."""
 
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from spt_dist.allocation.kinds import find_kind, structured_cost
 from spt_dist.errors import UserError
 
-# Those that can be allocated and injected; published allocations have adapters as well.
-STRUCTURED_KINDS = ("lora",)
-PRESETS: dict[str, tuple[float, float | None]] = {"paper": (1.0, None), "released": (10.0, 5.0)}
-
-
-def structured_cost(kind: str, shape: tuple[int, ...], rank: int) -> int:
-    """Trainable parameters of a structured module on a matrix of ``shape`` ``(out_features, in_features)``.
-
-    LoRA: ``r (in + out)`` (SPT, section 3.3: "structured never costs more than the sensitive weights"). Adapter:
-    ``2 r out + r + out``, both projections of the matrix's output and their biases (the published code of SPT).
-    """
-    out_features, in_features = shape
-    if kind == "adapter":
-        return 2 * rank * out_features + rank + out_features
-    assert kind == "lora"
-    return rank * (in_features + out_features)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How one tensor is tuned ("structured", "vector", "sparse" or "frozen") and what that costs."""
-
-    how: str
-    cost: int
+# A block's name ends with the last number: blocks.3 of blocks.3.attn.q.weight.
+_BLOCK = re.compile(r"(.*\.\d+)\.[^\d].*")
 
 
 @dataclass(frozen=True)
 class AllocationRule:
-    """Decides for one tensor from its shape and its number of sensitive weights.
+    """How the user wants sensitive weights to be tuned.
 
     Attributes:
         structured: kind of the structured module, or ``None`` for none.
         unstructured: whether weights may be tuned one by one.
-        rank: rank of the structured module.
-        alpha: a matrix with ``c`` sensitive weights becomes structured if ``c >= cost / alpha``. 1 is the paper's
+        rank: size of the structured modules.
+        alpha: a module is put in the place of ``c`` sensitive weights if ``c >= cost / alpha``. 1 is the paper's
             promise (never dearer than what it replaces), 10 is the published code's value.
         beta: a vector of length ``n`` is tuned whole if ``c >= n / beta``; ``None`` for never.
     """
@@ -51,11 +32,8 @@ class AllocationRule:
     beta: float | None
 
     def __post_init__(self) -> None:
-        if self.structured is not None and self.structured not in STRUCTURED_KINDS:
-            raise UserError(
-                f"structured={self.structured!r}: choose one of {', '.join(STRUCTURED_KINDS)} or None "
-                "(adapters and prompts are not available yet)"
-            )
+        if self.structured is not None:
+            find_kind(self.structured)
         if self.structured is None and not self.unstructured:
             raise UserError("structured=None with unstructured=False leaves nothing to tune; switch one of them on")
         if self.rank < 1:
@@ -65,20 +43,95 @@ class AllocationRule:
             if value is not None and not value >= 1:
                 raise UserError(f"{name}={value}: has to be at least 1")
 
-    def choose(self, shape: tuple[int, ...], is_matrix: bool, count: int) -> Choice:
-        """Decide for a tensor of ``shape`` of which ``count`` weights are sensitive; never cheaper for more.
 
-        Args:
-            shape: of the tensor.
-            is_matrix: whether it can take a structured module.
-            count: its sensitive weights.
-        """
-        if count == 0:
-            return Choice("frozen", 0)
-        if is_matrix and self.structured is not None:
-            cost = structured_cost(self.structured, shape, self.rank)
-            if count >= cost / self.alpha:
-                return Choice("structured", cost)
-        if len(shape) == 1 and self.beta is not None and count >= prod(shape) / self.beta:
-            return Choice("vector", prod(shape))
-        return Choice("sparse", count) if self.unstructured else Choice("frozen", 0)
+@dataclass(frozen=True)
+class Unit:
+    """What one structured module is put on.
+
+    Attributes:
+        name: of the matrix, or of the block.
+        shape: ``(out_features, in_features)`` of the matrix, or ``(width,)`` of the block.
+        members: places, among all tensors, of the matrices whose sensitive weights it stands for.
+        cost: its trainable parameters.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    members: tuple[int, ...]
+    cost: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How every tensor is tuned; those not named are frozen.
+
+    Attributes:
+        units: what gets a structured module.
+        vectors: names of vectors that are tuned whole.
+        sparse: names of tensors some of whose weights are tuned one by one.
+        cost: trainable parameters of all that.
+    """
+
+    units: list[Unit]
+    vectors: list[str]
+    sparse: list[str]
+    cost: int
+
+
+class Chooser:
+    """Decides for all tensors from their numbers of sensitive weights; never cheaper in total for more of them."""
+
+    def __init__(
+        self,
+        rule: AllocationRule,
+        names: Sequence[str],
+        shapes: Sequence[tuple[int, ...]],
+        matrices: Collection[str],
+    ) -> None:
+        """``names`` and ``shapes`` of the tensors; ``matrices``: names of those that can take a structured module."""
+        self.rule, self.names, self.shapes = rule, names, shapes
+        self.units = _make_units(rule, names, shapes, set(matrices))
+
+    def choose(self, counts: Sequence[int]) -> Choice:
+        """Decide, given each tensor's number of sensitive weights."""
+        rule = self.rule
+        chosen = [unit for unit in self.units if self._wants_module(unit, counts)]
+        replaced = {place for unit in chosen for place in unit.members}
+        vectors, sparse = [], []
+        cost = sum(unit.cost for unit in chosen)
+        for place, (name, shape, count) in enumerate(zip(self.names, self.shapes, counts, strict=True)):
+            if count == 0 or place in replaced:
+                continue
+            if len(shape) == 1 and rule.beta is not None and count >= prod(shape) / rule.beta:
+                vectors.append(name)
+                cost += prod(shape)
+            elif rule.unstructured:
+                sparse.append(name)
+                cost += count
+        return Choice(chosen, vectors, sparse, cost)
+
+    def _wants_module(self, unit: Unit, counts: Sequence[int]) -> bool:
+        count = sum(counts[place] for place in unit.members)
+        return count > 0 and count >= unit.cost / self.rule.alpha
+
+
+def _make_units(
+    rule: AllocationRule, names: Sequence[str], shapes: Sequence[tuple[int, ...]], matrices: set[str]
+) -> list[Unit]:
+    """What modules of the rule's kind can be put on: each matrix, or each block that has matrices."""
+    if rule.structured is None:
+        return []
+    members: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        if name in matrices:
+            block = _BLOCK.fullmatch(name)
+            if not find_kind(rule.structured).takes_block:
+                members[name] = [place]
+            elif block is not None:
+                members.setdefault(block[1], []).append(place)
+    units = []
+    for name, places in members.items():
+        # A block's first matrix reads the tokens, so its in_features are the block's width.
+        shape = shapes[places[0]][-1:] if find_kind(rule.structured).takes_block else shapes[places[0]]
+        units.append(Unit(name, shape, tuple(places), structured_cost(rule.structured, shape, rule.rank)))
+    return units

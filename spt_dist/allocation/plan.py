@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spt_dist.allocation.costs import structured_cost
+from spt_dist.allocation.kinds import PRESETS, ModuleOptions, structured_cost
 from spt_dist.allocation.published import read_allocation
 from spt_dist.errors import UserError
 from spt_dist.files import load_tensors, save_tensors
 from spt_dist.tables import format_table
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Version 1 knew LoRA only and had no `modules`.
+READABLE_VERSIONS = (1, FORMAT_VERSION)
 _SPARSE_PREFIX = "sparse/"
 
 
@@ -26,13 +28,15 @@ class Plan:
     Names are logical (``blocks.3.attn.q.weight``, see ``models.matrices``) except under ``parameters`` and ``head``.
 
     Attributes:
-        matrices: logical weight -> kind of its structured module ("lora"; "adapter" only from ``from_spt_release``).
+        matrices: logical weight -> kind of its structured module ("lora", "adapter", one's own); block -> "prompt".
         vectors: logical vectors (biases, norm weights) that are tuned whole.
-        sparse: logical name -> sorted int64 flat row-major indices of the weights tuned one by one.
+        sparse: logical name -> sorted int64 flat row-major indices of the weights tuned one by one; a name without any
+            is left out.
         parameters: the model's own parameters trained in place and counted (``cls_token``).
         head: the head's parameters: trained in place, not counted.
         shapes: shape of everything named above but the head.
-        rank: rank of the structured modules.
+        rank: size of the structured modules: rank of LoRA, width of an adapter, number of prompts.
+        modules: how the structured modules are set up.
         method: what made the plan ("spt-lora", "spt", "lora", "linear", "full").
         backbone_size: weights of the backbone, head not counted.
         options: how the plan was made (budget, tau, alpha, beta ...), for the record.
@@ -45,17 +49,19 @@ class Plan:
     head: list[str] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     rank: int = 8
+    modules: ModuleOptions = field(default_factory=ModuleOptions)
     method: str = "spt"
     backbone_size: int = 0
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.shapes = {name: tuple(shape) for name, shape in self.shapes.items()}
+        self.sparse = {name: indices for name, indices in self.sparse.items() if len(indices)}
         for name, indices in self.sparse.items():
             if name not in self.shapes:
                 raise UserError(f"plan: shapes[{name!r}] is missing")
             size = prod(self.shapes[name])
-            ascending = indices.dtype == torch.int64 and len(indices) > 0 and bool((indices.diff() > 0).all())
+            ascending = indices.dtype == torch.int64 and bool((indices.diff() > 0).all())
             if not ascending or int(indices[0]) < 0 or int(indices[-1]) >= size:
                 raise UserError(f"plan: sparse[{name!r}] has to hold ascending int64 indices between 0 and {size - 1}")
 
@@ -92,7 +98,7 @@ class Plan:
             rows.setdefault(operation_of(name), Counter())[column] += count
 
         for name, kind in self.matrices.items():
-            add(name, "matrices", 1)
+            add(name, "modules", 1)
             add(name, "structured", structured_cost(kind, self.shapes[name], self.rank))
         for name in self.vectors:
             add(name, "vectors", prod(self.shapes[name]))
@@ -100,7 +106,7 @@ class Plan:
             add(name, "single weights", len(indices))
         for name in self.parameters:
             add(name, "in place", prod(self.shapes[name]))
-        columns = ["matrices", "structured", "vectors", "single weights", "in place"]
+        columns = ["modules", "structured", "vectors", "single weights", "in place"]
         body = [[name, *(f"{row[column]:,}" for column in columns)] for name, row in sorted(rows.items())]
         totals = [len(self.matrices), self.num_structured, self.num_vectors, self.num_sparse, self.num_in_place]
         body.append(["total", *(f"{value:,}" for value in totals)])
@@ -124,9 +130,10 @@ class Plan:
         """
         content = dict(metadata)
         version = content.pop("version", None)
-        if version != FORMAT_VERSION:
-            raise UserError(f"{source}: holds a plan of version {version}, this spt_dist reads {FORMAT_VERSION}")
+        if version not in READABLE_VERSIONS:
+            raise UserError(f"{source}: holds a plan of version {version}, this spt_dist reads up to {FORMAT_VERSION}")
         try:
+            content["modules"] = ModuleOptions(**content.get("modules", {}))
             content["sparse"] = {name: tensors[_SPARSE_PREFIX + name] for name in content["sparse"]}
             return cls(**content)
         except (KeyError, TypeError, UserError) as error:
@@ -148,7 +155,7 @@ class Plan:
         return cls.from_tensors(tensors, metadata["plan"], path)
 
     @classmethod
-    def from_spt_release(cls, path: str | Path) -> "Plan":
+    def from_spt_release(cls, path: str | Path, preset: str = "paper") -> "Plan":
         """Read an allocation that SPT's authors published for ViT-B/16 (``param_req_*.pth`` of github.com/ziplab/SPT).
 
         The kind of its modules, LoRA or adapters of rank 8, follows from the file's own count. ``num_trainable`` is
@@ -158,16 +165,19 @@ class Plan:
         Args:
             path: a file as the authors published it. Nothing in it is run: it may hold containers, numbers and
                 tensors only.
+            preset: how the modules are set up, which is not in the file: "paper" (updates start at zero, no dropout),
+                or "released" as in the published code (drawn at random, dropout and drop-path).
 
         Returns:
-            A plan for timm's ``vit_base_patch16_224`` or a model with the same names and shapes. One with adapters
-            can be looked at, but not injected yet.
+            A plan for timm's ``vit_base_patch16_224`` or a model with the same names and shapes.
 
         Raises:
             UserError: no such file; it is truncated or another file; it refers to other classes or functions; or its
-                parts do not fit together.
+                parts do not fit together; or there is no such preset.
         """
-        return cls(**read_allocation(path))
+        if preset not in PRESETS:
+            raise UserError(f"preset={preset!r}: choose one of {', '.join(PRESETS)}")
+        return cls(**read_allocation(path), modules=PRESETS[preset].modules)
 
 
 def operation_of(name: str) -> str:

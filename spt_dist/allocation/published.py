@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from spt_dist.allocation.costs import PRESETS, structured_cost
+from spt_dist.allocation.kinds import PRESETS, structured_cost
 from spt_dist.errors import UserError
 
 RANK = 8
@@ -50,7 +50,7 @@ def read_allocation(path: str | Path) -> dict[str, Any]:
     kind = _kind_of(path, matrices, vectors, content["structured_params"])
     _check_agreement(path, content, [*matrices, *vectors, *names])
     sparse = _split(content["unstructured_indexes"], names)
-    alpha, beta = PRESETS["released"]
+    released = PRESETS["released"]
     return {
         "matrices": dict.fromkeys(matrices, kind),
         "vectors": vectors,
@@ -61,7 +61,13 @@ def read_allocation(path: str | Path) -> dict[str, Any]:
         "rank": RANK,
         "method": f"spt-{kind}" if kind else "spt",
         "backbone_size": BACKBONE_SIZE,
-        "options": {"preset": "released", "structured": kind, "alpha": alpha, "beta": beta, "source": path.name},
+        "options": {
+            "preset": "released",
+            "structured": kind,
+            "alpha": released.alpha,
+            "beta": released.beta,
+            "source": path.name,
+        },
     }
 
 

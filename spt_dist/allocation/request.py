@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from numbers import Integral, Real
 
-from spt_dist.allocation.costs import PRESETS, AllocationRule
+from spt_dist.allocation.costs import AllocationRule
+from spt_dist.allocation.kinds import PRESETS, ModuleOptions, Preset
 from spt_dist.errors import UserError
 
 
@@ -18,6 +19,9 @@ class AllocationRequest:
     rank: int = 8
     alpha: float = 1.0
     beta: float | None = None
+    init: str = "zero"
+    dropout: float = 0.0
+    drop_path: float = 0.0
     preset: str | None = None
 
     def resolve(self, backbone_size: int, reserved: int) -> tuple[AllocationRule, int | None]:
@@ -33,18 +37,29 @@ class AllocationRequest:
         Raises:
             UserError: as ``allocate``.
         """
-        alpha, beta = self.alpha, self.beta
-        if self.preset is not None:
-            if self.preset not in PRESETS:
-                raise UserError(f"preset={self.preset!r}: choose one of {', '.join(PRESETS)}")
-            alpha, beta = PRESETS[self.preset]
+        wanted = self._settings()
         for name, value in (("tau", self.tau), ("rank", self.rank)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
                 raise UserError(f"{name}={value!r}: has to be a whole number")
         if (self.budget is None) == (self.tau is None):
             raise UserError("give either budget (trainable parameters) or tau (sensitive weights)")
-        rule = AllocationRule(self.structured, self.unstructured, self.rank, alpha, beta)
+        rule = AllocationRule(self.structured, self.unstructured, self.rank, wanted.alpha, wanted.beta)
         return rule, None if self.budget is None else resolve_budget(self.budget, backbone_size, reserved)
+
+    def module_options(self) -> ModuleOptions:
+        """How the structured modules are set up.
+
+        Raises:
+            UserError: as ``allocate``.
+        """
+        return self._settings().modules
+
+    def _settings(self) -> Preset:
+        if self.preset is None:
+            return Preset(self.alpha, self.beta, ModuleOptions(self.init, self.dropout, self.drop_path))
+        if self.preset not in PRESETS:
+            raise UserError(f"preset={self.preset!r}: choose one of {', '.join(PRESETS)}")
+        return PRESETS[self.preset]
 
 
 def resolve_budget(budget: int | float, backbone_size: int, reserved: int) -> int:

@@ -1,5 +1,6 @@
 """Task files: what was trained, the plan, and which backbone it belongs to."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from spt_dist.models.fingerprint import fingerprint
 from spt_dist.sensitivity.shards import get_rank, world_size
 from spt_dist.tuning.inject import install, is_tuned, make_modules, trainable_parameters, trained_parameters
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Version 1 had no originals.
+READABLE_VERSIONS = (1, FORMAT_VERSION)
 _STATE_PREFIX = "state/"
+_ORIGINAL_PREFIX = "original/"
 
 
 def save_delta(tuned: nn.Module, path: str | Path) -> None:
@@ -40,7 +44,10 @@ def describe_delta(tuned: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str
     plan = tuned.spt_plan
     assert isinstance(plan, Plan)
     plan_tensors, plan_metadata = plan.to_tensors()
+    originals = tuned.spt_originals
+    assert isinstance(originals, dict)
     tensors = plan_tensors | {_STATE_PREFIX + name: value for name, value in state.items()}
+    tensors |= {_ORIGINAL_PREFIX + name: value for name, value in originals.items()}
     metadata = {
         "kind": "delta",
         "version": FORMAT_VERSION,
@@ -50,6 +57,60 @@ def describe_delta(tuned: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str
         "torch": torch.__version__,
     }
     return tensors, metadata
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """A task file in memory.
+
+    Attributes:
+        plan: what is tuned.
+        state: name in the tuned model -> trained value, the head's included.
+        originals: name -> value before training of what was trained in place, outside the head.
+        fingerprint, backbone: of the backbone it was made for, and the architecture's name.
+        path: where it was read.
+    """
+
+    plan: Plan
+    state: dict[str, Tensor]
+    originals: dict[str, Tensor]
+    fingerprint: str
+    backbone: str
+    path: Path
+
+    def check_backbone(self, model: nn.Module) -> None:
+        """Refuse another backbone than the task's.
+
+        Raises:
+            UserError: names both.
+        """
+        if is_tuned(model):
+            raise UserError(f"{self.path}: the model has been injected already; load task files into a plain backbone")
+        found = fingerprint(model)
+        if found != self.fingerprint:
+            raise UserError(
+                f"{self.path}: made for backbone {self.backbone} ({self.fingerprint[:12]}), this is "
+                f"{backbone_name(model)} with other weights ({found[:12]}); load the backbone it was trained on"
+            )
+
+
+def read_delta(path: str | Path) -> TaskFile:
+    """Read a task file.
+
+    Raises:
+        UserError: the file is missing, damaged, of another kind or of a newer version.
+    """
+    tensors, metadata = load_tensors(path, "delta")
+    if metadata.get("version") not in READABLE_VERSIONS:
+        raise UserError(
+            f"{path}: task file of version {metadata.get('version')}, this spt_dist reads up to {FORMAT_VERSION}"
+        )
+    plan = Plan.from_tensors(tensors, metadata["plan"], path)
+    state, originals = (
+        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        for prefix in (_STATE_PREFIX, _ORIGINAL_PREFIX)
+    )
+    return TaskFile(plan, state, originals, metadata["fingerprint"], metadata["backbone"], Path(path))
 
 
 def load_delta(backbone: nn.Module, path: str | Path) -> nn.Module:
@@ -63,28 +124,20 @@ def load_delta(backbone: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         UserError: the file is missing or damaged; or the backbone is another one.
     """
-    tensors, metadata = load_tensors(path, "delta")
-    if metadata.get("version") != FORMAT_VERSION:
-        raise UserError(f"{path}: task file of version {metadata.get('version')}, this spt_dist reads {FORMAT_VERSION}")
-    if is_tuned(backbone):
-        raise UserError(f"{path}: the model has been injected already; load task files into a plain backbone")
-    found = fingerprint(backbone)
-    if found != metadata["fingerprint"]:
-        raise UserError(
-            f"{path}: made for backbone {metadata['backbone']} ({metadata['fingerprint'][:12]}), this is "
-            f"{backbone_name(backbone)} with other weights ({found[:12]}); load the backbone it was trained on"
-        )
-    plan = Plan.from_tensors(tensors, metadata["plan"], path)
-    state = {
-        name.removeprefix(_STATE_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(_STATE_PREFIX)
-    }
-    _fit_head(backbone, plan, state)
-    modules = make_modules(backbone, plan)
-    trained = trained_parameters(backbone, plan, modules)
-    _check_state(state, trained, path)
-    install(backbone, plan, modules)
+    task = read_delta(path)
+    task.check_backbone(backbone)
+    return attach_delta(backbone, task)
+
+
+def attach_delta(backbone: nn.Module, task: TaskFile) -> nn.Module:
+    """As ``load_delta``, from a file in memory and on any backbone with the right names and shapes."""
+    _fit_head(backbone, task.plan, task.state)
+    modules = make_modules(backbone, task.plan)
+    trained = trained_parameters(backbone, task.plan, modules)
+    _check_state(task.state, trained, task.path)
+    install(backbone, task.plan, modules)
     for name, parameter in trained.items():
-        parameter.data.copy_(state[name])
+        parameter.data.copy_(task.state[name])
     return backbone
 
 
@@ -112,4 +165,6 @@ def _fit_head(backbone: nn.Module, plan: Plan, state: dict[str, Tensor]) -> None
         return
     own = dict(backbone.named_parameters())
     if any(name not in own or len(own[name]) != len(state[name]) for name in wanted):
+        device = next(backbone.parameters()).device
         reset_classifier(len(state[wanted[-1]]))
+        backbone.to(device)

@@ -12,15 +12,18 @@ class EntryDelta(nn.Module):
     positions: Tensor
 
     def __init__(self, positions: Tensor, device: torch.device | None = None) -> None:
-        """``positions``: int64 flat row-major positions in the tensor, without repetition, at least one."""
+        """``positions``: int64 flat row-major positions in the tensor, ascending, at least one."""
         super().__init__()
         # The plan says where the values belong, so the positions are not part of the state.
         self.register_buffer("positions", positions.to(device), persistent=False)
         self.values = nn.Parameter(torch.zeros(len(positions), device=device))
 
-    def forward(self, tensor: Tensor) -> Tensor:
-        """The tensor with the values added, same shape and dtype."""
-        return tensor.flatten().index_add(0, self.positions, self.values.to(tensor.dtype)).view(tensor.shape)
+    def forward(self, tensor: Tensor, sign: int = 1) -> Tensor:
+        """The tensor with the values, times ``sign``, added; same shape and dtype."""
+        values = self.values.to(tensor.dtype)
+        if len(values) == tensor.numel():
+            return tensor.add(values.view(tensor.shape), alpha=sign)
+        return tensor.flatten().index_add(0, self.positions, values, alpha=sign).view(tensor.shape)
 
 
 class EntryTuned(nn.Module):
@@ -56,13 +59,17 @@ def tune_entries(module: nn.Module, name: str, delta: EntryDelta) -> None:
 
 
 @torch.no_grad()
-def merge_entries(module: nn.Module) -> None:
-    """Undo ``tune_entries``, with the values added to the parameters: sums in float64, then rounded to their dtype."""
+def merge_entries(module: nn.Module, sign: int = 1) -> None:
+    """Undo ``tune_entries``, with the values added to the parameters: sums in float64, then rounded to their dtype.
+
+    Args:
+        sign: -1 takes the values away instead.
+    """
     assert isinstance(module, EntryTuned)
     for name in module.tuned_names:
         parameter, delta = module._parameters[name], module._modules.pop(holder_name(name))
         assert parameter is not None and delta is not None
-        parameter.copy_(delta(parameter.double()))
+        parameter.copy_(delta(parameter.double(), sign))
     module.__class__ = module.plain_class  # type: ignore[assignment]
 
 

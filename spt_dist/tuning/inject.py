@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from spt_dist.allocation.costs import STRUCTURED_KINDS
+from spt_dist.allocation.kinds import find_kind
 from spt_dist.allocation.plan import Plan
 from spt_dist.errors import UserError
 from spt_dist.models.fingerprint import fingerprint
@@ -16,14 +16,19 @@ from spt_dist.models.matrices import LogicalParameter, own_name_of, parent_of, t
 from spt_dist.tables import format_table
 from spt_dist.tuning.entries import EntryDelta, holder_name, tune_entries
 from spt_dist.tuning.layers import TunedLinear
-from spt_dist.tuning.sparse import SparseBlock
+from spt_dist.tuning.prompts import Prompts, check_block
+from spt_dist.tuning.registry import make_module
+from spt_dist.tuning.sparse import SparseDelta
+from spt_dist.tuning.structured import ModuleSpec
 
 
 def inject(model: nn.Module, plan: Plan) -> nn.Module:
     """Freeze ``model`` and make trainable what ``plan`` says, in place.
 
-    The outputs stay what they were, bit for bit: every update starts at zero. The plan and the fingerprint of the
-    untouched backbone stay with the model as ``spt_plan`` and ``spt_fingerprint``.
+    The outputs stay what they were, bit for bit, since every update starts at zero; but prompts change them, and so do
+    modules with ``init="normal"``. The model then has ``spt_plan``, the plan; ``spt_fingerprint``, the fingerprint of
+    the untouched backbone; and ``spt_originals``, name -> value before training of what is trained in place, outside
+    the head (``cls_token``; nothing where the whole backbone is trained).
 
     Args:
         model: the backbone the plan was made for, with any head.
@@ -45,15 +50,15 @@ def make_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     """The modules that ``plan`` asks for, not yet on the model, which stays as it is.
 
     Returns:
-        The name of a Linear layer -> the layer to put in its place; and the name of any other parameter -> what to
-        add to its entries.
+        The name of a Linear layer -> the layer to put in its place; the name of a block -> its prompts; and the name of
+        any other parameter -> what to add to its entries.
 
     Raises:
         UserError: as ``inject``.
     """
     placed = _find_places(model, plan)
     _check_own_parameters(model, plan)
-    made: dict[str, nn.Module] = {}
+    made = {name: _make_prompts(model, name, plan) for name, kind in plan.matrices.items() if _takes_block(kind)}
     for module_name, parameters in placed.items():
         module = model.get_submodule(module_name)
         if is_linear(module):
@@ -71,7 +76,7 @@ def trained_parameters(model: nn.Module, plan: Plan, modules: dict[str, nn.Modul
     """What is trained once ``modules`` are installed, under the names it has then."""
     trained = {name: model.get_parameter(name) for name in [*plan.parameters, *plan.head]}
     for name, module in modules.items():
-        prefix = holder_name(name) if isinstance(module, EntryDelta) else name
+        prefix = _place_of(name, module)
         for own_name, parameter in module.named_parameters():
             if own_name not in ("weight", "bias"):
                 trained[f"{prefix}.{own_name}"] = parameter
@@ -80,17 +85,25 @@ def trained_parameters(model: nn.Module, plan: Plan, modules: dict[str, nn.Modul
 
 def install(model: nn.Module, plan: Plan, modules: dict[str, nn.Module]) -> nn.Module:
     """Freeze ``model`` but for ``plan`` and the ``modules`` made for it, which take their places; returns ``model``."""
+    from spt_dist.tuning.mlp import spare_activations
+
     print_of_backbone = fingerprint(model)
+    in_place = [] if plan.num_in_place == plan.backbone_size else plan.parameters
+    originals = {name: model.get_parameter(name).detach().clone() for name in in_place}
     model.requires_grad_(False)
     for name, module in modules.items():
         if isinstance(module, EntryDelta):
             tune_entries(model.get_submodule(parent_of(name)), own_name_of(name), module)
+        elif isinstance(module, Prompts):
+            module.attach(model.get_submodule(name))
         else:
             replace_module(model, name, module)
+    spare_activations(model)
     for name in [*plan.parameters, *plan.head]:
         model.get_parameter(name).requires_grad_(True)
     model.spt_plan = plan  # type: ignore[assignment]  # Module declares its attributes as tensors and modules
     model.spt_fingerprint = print_of_backbone  # type: ignore[assignment]
+    model.spt_originals = originals  # type: ignore[assignment]
     return model
 
 
@@ -126,17 +139,32 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent_of(name)), own_name_of(name), module)
 
 
+def _takes_block(kind: str) -> bool:
+    return find_kind(kind).takes_block
+
+
+def _make_prompts(model: nn.Module, name: str, plan: Plan) -> nn.Module:
+    block = check_block(model, name)
+    wanted, weight = plan.shapes[name], next(block.parameters())
+    if wanted != tuple(weight.shape[:1]):
+        raise UserError(f"plan: prompts for {name} have width {wanted}, this model's blocks {tuple(weight.shape[:1])}")
+    options = plan.modules
+    return Prompts(plan.rank, wanted[0], options.init, options.dropout, weight.device).train(block.training)
+
+
+def _place_of(name: str, module: nn.Module) -> str:
+    """Name of the submodule that something from ``make_modules`` becomes."""
+    if isinstance(module, EntryDelta):
+        return holder_name(name)
+    return f"{name}.prompts" if isinstance(module, Prompts) else name
+
+
 def _find_places(model: nn.Module, plan: Plan) -> dict[str, list[LogicalParameter]]:
-    for name, kind in plan.matrices.items():
-        if kind not in STRUCTURED_KINDS:
-            raise UserError(
-                f"plan: {name} is to have a module of kind {kind!r}, which can't be injected yet; use a plan with "
-                f"{', '.join(STRUCTURED_KINDS)}"
-            )
     known = take_inventory(model).by_name()
     placed: dict[str, list[LogicalParameter]] = defaultdict(list)
     named = Counter([*plan.matrices, *plan.vectors, *plan.sparse, *plan.parameters])
-    for name in [*plan.matrices, *plan.vectors, *plan.sparse]:
+    matrices = [name for name, kind in plan.matrices.items() if not _takes_block(kind)]
+    for name in [*matrices, *plan.vectors, *plan.sparse]:
         if name not in known:
             raise UserError(
                 f"plan: {name} is no weight of this {type(model).__name__}; the plan is for another backbone"
@@ -164,18 +192,21 @@ def _check_own_parameters(model: nn.Module, plan: Plan) -> None:
 
 
 def _tune_linear(linear: nn.Linear, parameters: list[LogicalParameter], plan: Plan) -> TunedLinear:
-    tuned = TunedLinear(linear)
-    device = linear.weight.device
+    options, device = plan.modules, linear.weight.device
+    operation = parameters[0].name.split(".")[-2]
+    is_parallel = operation in options.parallel
+    tuned = TunedLinear(linear, 0.0 if is_parallel else options.dropout, options.drop_path)
     weights: list[Tensor] = []
     biases: list[Tensor] = []
     for parameter in parameters:
         if parameter.name in plan.matrices:
             key = parameter.name.split(".")[-2] if parameter.numel < linear.weight.numel() else "whole"
-            tuned.add_low_rank(key, parameter.rows, plan.rank)
+            spec = ModuleSpec(linear.in_features, parameter.shape[0], plan.rank, options.init, is_parallel, device)
+            tuned.add_structured(key, parameter.rows, make_module(plan.matrices[parameter.name], spec))
         else:
             (weights if parameter.is_matrix else biases).append(_positions(parameter, plan))
     if weights:
-        tuned.sparse = SparseBlock(torch.cat(weights), linear.in_features, device)
+        tuned.sparse = SparseDelta(torch.cat(weights), linear.in_features, device)
     if biases:
         tuned.bias_delta = EntryDelta(torch.cat(biases), device)
     return tuned

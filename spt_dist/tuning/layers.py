@@ -10,52 +10,96 @@ from torch.nn import functional as F
 
 from spt_dist.tuning.entries import EntryDelta
 from spt_dist.tuning.lora import LowRank
-from spt_dist.tuning.sparse import SparseBlock
+from spt_dist.tuning.recompute import Activated
+from spt_dist.tuning.sparse import SparseDelta
+from spt_dist.tuning.structured import StructuredModule
 
 
 class TunedLinear(nn.Linear):
-    """``nn.Linear`` with low-rank updates of some row ranges, single tuned weights, and tuned bias entries."""
+    """``nn.Linear`` with structured modules on some row ranges, single tuned weights, and tuned bias entries."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, dropout: float = 0.0, drop_path: float = 0.0) -> None:
+        """``dropout`` on what the structured modules read, ``drop_path`` on what they add, both in training."""
+        from timm.layers import DropPath
+
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.low_rank = nn.ModuleDict()
+        self.structured = nn.ModuleDict()
         self.row_ranges: dict[str, slice] = {}
-        self.sparse: SparseBlock | None = None
+        self.sparse: SparseDelta | None = None
         self.bias_delta: EntryDelta | None = None
+        self.dropout = nn.Dropout(dropout)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.train(linear.training)
 
-    def add_low_rank(self, key: str, rows: slice, rank: int) -> None:
-        """Update ``weight[rows]`` by a module of ``rank``, to be found under ``low_rank[key]``."""
-        self.low_rank[key] = LowRank(self.in_features, rows.stop - rows.start, rank, self.weight.device)
+    def add_structured(self, key: str, rows: slice, module: StructuredModule) -> None:
+        """Update the outputs ``rows`` by ``module``, to be found under ``structured[key]``."""
+        self.structured[key] = module
         self.row_ranges[key] = rows
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., in_features)`` to ``(..., out_features)``."""
+    def forward(self, x: Tensor, source: Activated | None = None) -> Tensor:
+        """``(..., in_features)`` to ``(..., out_features)``; ``source``: what ``x`` was computed from, if known."""
         bias = self.bias if self.bias_delta is None else self.bias_delta(self.bias)
-        y = F.linear(x, self.weight, bias)
-        for key, module in self.low_rank.items():
+        return self.update(F.linear(x, self.weight, bias), x, source)
+
+    def update(self, y: Tensor, x: Tensor, source: Activated | None = None) -> Tensor:
+        """What modules and single weights make of the plain layer's output ``y`` for ``x``; may change ``y``."""
+        if self.structured:
+            y = self._add_structured(y, x, source)
+        return y if self.sparse is None else self.sparse.add_to(y, x, source)
+
+    def _add_structured(self, y: Tensor, x: Tensor, source: Activated | None) -> Tensor:
+        # Drawn once, so that q, k and v share it, as in the published code.
+        inputs = self.dropout(x)
+        source = source if inputs is x else None
+        for key, module in self.structured.items():
             rows = self.row_ranges[key]
-            if rows.stop - rows.start == self.out_features:
-                y = y + module(x)
+            is_whole = rows.stop - rows.start == self.out_features
+            assert isinstance(module, StructuredModule)
+            if module.reads_output:
+                z = self.dropout(y if is_whole else y[..., rows])
+                # What is kept for the backward pass must not be a view of what changes below.
+                update = module(z.clone() if z._is_view() else z)
+            elif isinstance(module, LowRank):
+                update = module(inputs, source)
             else:
-                y[..., rows] += module(x)
-        return y if self.sparse is None else self.sparse.add_to(y, x)
+                update = module(inputs)
+            update = self.drop_path(update).to(y.dtype)
+            if not is_whole:
+                y[..., rows] += update
+            else:
+                y = y + update if module.reads_output else y.add_(update)
+        return y
+
+    def without_merged(self, plain: nn.Linear) -> "TunedLinear":
+        """``plain``, from ``to_plain``, with the structured modules whose updates it could not take."""
+        rest = TunedLinear(plain, self.dropout.p, getattr(self.drop_path, "drop_prob", 0.0))
+        for key, module in self.structured.items():
+            assert isinstance(module, StructuredModule)
+            if module.delta() is None:
+                rest.add_structured(key, self.row_ranges[key], module)
+        return rest
 
     @torch.no_grad()
-    def to_plain(self) -> nn.Linear:
-        """The plain layer that computes the same: every update added to the weights, in float64."""
+    def to_plain(self, sign: int = 1) -> nn.Linear:
+        """The plain layer with every update that a weight can hold added to its own, in float64.
+
+        Args:
+            sign: -1 takes the updates away instead.
+        """
         weight = self.weight.detach().double()
-        for key, module in self.low_rank.items():
-            assert isinstance(module, LowRank)
-            weight[self.row_ranges[key]] += module.delta()
+        for key, module in self.structured.items():
+            assert isinstance(module, StructuredModule)
+            delta = module.delta()
+            if delta is not None:
+                weight[self.row_ranges[key]] += sign * delta
         if self.sparse is not None:
-            self.sparse.add_to_weight(weight)
+            self.sparse.add_to_weight(weight, sign)
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         plain.weight = nn.Parameter(weight.to(self.weight.dtype))
         if self.bias is not None:
             bias = self.bias.detach().double()
-            bias = bias if self.bias_delta is None else self.bias_delta(bias)
+            bias = bias if self.bias_delta is None else self.bias_delta(bias, sign)
             plain.bias = nn.Parameter(bias.to(self.bias.dtype))
         return plain.train(self.training)

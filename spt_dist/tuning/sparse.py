@@ -1,15 +1,27 @@
 """Single weights of a matrix, tuned without a dense gradient.
 
 The chosen weights lie in few rows R and columns C. With V the small |R| x |C| matrix that holds the trainable values
-at their places and zero elsewhere, ``y[..., R] += x[..., C] V^T`` is the exact update: autograd does the rest, only the
-columns C of ``x`` are kept for the backward pass, and the frozen weight is neither copied nor touched.
+at their places and zero elsewhere, ``y[..., R] += x[..., C] V^T`` is the exact update: only the columns C of ``x`` are
+kept for the backward pass, and the frozen weight is neither copied nor touched. Where the weights are strewn so that V
+would be nearly empty, each is multiplied by itself instead.
+
+Shape suffixes: I in_features, O out_features, C chosen columns, K chosen weights; ``...`` any leading axes.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spt_dist.tuning.recompute import Activated, project, scatter_columns
 
-class SparseBlock(nn.Module):
+# V is used as long as it has at most so many elements for each chosen weight (benchmarks/sparse.py).
+BLOCK_LIMIT = 150
+# Weights multiplied at a time, so that what is gathered for them stays small.
+CHUNK_SIZE = 256
+
+
+class SparseDelta(nn.Module):
     """Trainable additions to chosen weights of a ``(out_features, in_features)`` matrix, zero at first."""
 
     rows: Tensor
@@ -30,17 +42,73 @@ class SparseBlock(nn.Module):
         self.register_buffer("row_of", row_of, persistent=False)
         self.register_buffer("column_of", column_of, persistent=False)
         self.values = nn.Parameter(torch.zeros(len(positions), device=device))
+        self.as_block = len(rows) * len(columns) <= BLOCK_LIMIT * len(positions)
+
+    def add_to(self, outputs: Tensor, x: Tensor, source: Activated | None = None) -> Tensor:
+        """Add the update in place.
+
+        Args:
+            outputs: of the layer, ``(..., O)``; returned with the update.
+            x: the layer's input, ``(..., I)``.
+            source: what ``x`` was computed from, to keep nothing of ``x``.
+        """
+        if self.as_block:
+            update = project(x, self.block(), source, self.columns)
+            return outputs.index_add_(-1, self.rows, update.to(outputs.dtype))
+        places = (self.rows[self.row_of], self.column_of, self.columns)
+        hidden, activation = (source.hidden, source.activation) if source is not None else (None, None)
+        updated: Tensor = _AddProducts.apply(outputs, x, self.values, places, hidden, activation)
+        return updated
 
     def block(self) -> Tensor:
         """V, ``(|R|, |C|)`` in the dtype of ``values``; differentiable."""
         empty = self.values.new_zeros(len(self.rows), len(self.columns))
         return empty.index_put((self.row_of, self.column_of), self.values)
 
-    def add_to(self, outputs: Tensor, x: Tensor) -> Tensor:
-        """Add the update ``(..., out_features)`` for the layer's input ``x`` ``(..., in_features)`` in place."""
-        update = x.index_select(-1, self.columns) @ self.block().mT.to(x.dtype)
-        return outputs.index_add_(-1, self.rows, update.to(outputs.dtype))
+    def add_to_weight(self, weight: Tensor, sign: int = 1) -> None:
+        """Add the values, times ``sign``, to a float64 copy of the weight, in place."""
+        weight[self.rows[self.row_of], self.columns[self.column_of]] += sign * self.values.double()
 
-    def add_to_weight(self, weight: Tensor) -> None:
-        """Add the values to a float64 copy of the weight, in place."""
-        weight[self.rows[self.row_of], self.columns[self.column_of]] += self.values.double()
+
+class _AddProducts(torch.autograd.Function):
+    """``y[..., row_k] += x[..., column_k] v_k`` for every chosen weight k, in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        values_K: Tensor,
+        places: tuple[Tensor, Tensor, Tensor],
+        hidden: Tensor | None,
+        activation: nn.Module | None,
+    ) -> Tensor:
+        row_K, column_of_K, columns_C = places
+        ctx.activation, ctx.in_features, ctx.dtypes = activation, x.shape[-1], (x.dtype, values_K.dtype)
+        x_C = x.index_select(-1, columns_C).to(y.dtype)
+        values_K = values_K.to(y.dtype)
+        ctx.save_for_backward(values_K, *places, x_C if hidden is None else hidden)
+        for chunk in _chunks(values_K):
+            y.index_add_(-1, row_K[chunk], x_C.index_select(-1, column_of_K[chunk]) * values_K[chunk])
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        values_K, row_K, column_of_K, columns_C, kept = ctx.saved_tensors
+        x_C = kept if ctx.activation is None else ctx.activation(kept.index_select(-1, columns_C)).to(grad_y.dtype)
+        grad_C = torch.zeros_like(x_C)
+        # Summed over samples and tokens in fp32 at least.
+        grad_K = torch.empty_like(values_K, dtype=torch.promote_types(values_K.dtype, torch.float32))
+        for chunk in _chunks(values_K):
+            grad_rows = grad_y.index_select(-1, row_K[chunk])
+            products = grad_rows * x_C.index_select(-1, column_of_K[chunk])
+            grad_K[chunk] = products.flatten(0, -2).sum(dim=0, dtype=grad_K.dtype)
+            grad_C.index_add_(-1, column_of_K[chunk], grad_rows * values_K[chunk])
+        grad_x = scatter_columns(grad_C, columns_C, ctx.in_features)
+        x_dtype, values_dtype = ctx.dtypes
+        return grad_y, grad_x.to(x_dtype), grad_K.to(values_dtype), None, None, None
+
+
+def _chunks(values_K: Tensor) -> list[slice]:
+    return [slice(start, start + CHUNK_SIZE) for start in range(0, len(values_K), CHUNK_SIZE)]

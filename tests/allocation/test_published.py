@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spt_dist import Plan, UserError, inject, merge, trainable_parameters
-from spt_dist.allocation.costs import structured_cost
+from spt_dist.allocation.kinds import structured_cost
 from tests.allocation.published_files import NAMES, OPERATIONS, SOME, Release, numel, write
 from tests.models_for_tests import make_vit, pick
 

@@ -10,7 +10,7 @@ import torch
 from spt_dist import UserError, inject
 from spt_dist.parallel.checkpoints import SampleOrder, find_checkpoint, load_checkpoint, save_checkpoint
 from tests.models_for_tests import make_vit
-from tests.tuning.test_inject import random_plan
+from tests.tuning.plans_for_tests import random_plan
 
 ORDER = SampleOrder(seed=4, batch_size=16, num_train=100)
 STATE = {"param/head.weight": torch.rand(10, 24)}

@@ -20,7 +20,7 @@ from spt_dist.training.metrics import read_metrics
 from spt_dist.training.trainer import Trainer
 from tests.models_for_tests import make_samples, make_vit
 from tests.ranks import run_ranks
-from tests.tuning.test_inject import random_plan
+from tests.tuning.plans_for_tests import random_plan
 
 CPU = torch.device("cpu")
 SETTINGS = OptimizerSettings(lr=1e-2, weight_decay=0.1, clip_norm=0.5)

@@ -1,14 +1,10 @@
 """Injection, merging and task files, against the unmerged model and against dense autograd."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import timm
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from spt_dist import (
@@ -25,129 +21,12 @@ from spt_dist import (
 )
 from spt_dist.allocation.plan import operation_of
 from spt_dist.files import save_tensors
-from spt_dist.models.matrices import Inventory, take_inventory
+from spt_dist.models.matrices import take_inventory
 from spt_dist.tuning.delta import describe_delta
 from spt_dist.tuning.entries import EntryDelta
 from spt_dist.tuning.methods import make_plan
 from tests.models_for_tests import make_samples, make_vit, pick
-
-SMALL_SWIN: dict[str, Any] = {"img_size": 56, "embed_dim": 24, "depths": (1, 2), "num_heads": (1, 2)}
-SMALL_CONVNEXT: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
-# Name of the architecture, its arguments and its images' size; the plain ViT of all tests has no name.
-MODELS: dict[str, tuple[str | None, dict[str, Any], int]] = {
-    "vit": (None, {}, 16),
-    "registers, layer scale": (None, {"init_values": 1e-2, "reg_tokens": 2}, 16),
-    "windows": ("swin_tiny_patch4_window7_224", SMALL_SWIN, 56),
-    "convolutions": ("convnext_atto", SMALL_CONVNEXT, 128),
-}
-
-
-def make_model(kind: str) -> nn.Module:
-    """A small model whose parameters are not at their defaults; always the same one."""
-    name, kwargs, _ = MODELS[kind]
-    if name is None:
-        return make_vit(**kwargs)
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=10, **kwargs)
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return model.eval()
-
-
-def make_images(kind: str, num_samples: int = 4) -> tuple[Tensor, Tensor]:
-    """Random images for ``make_model`` and their labels."""
-    size = MODELS[kind][2]
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(num_samples, 3, size, size, generator=generator), make_samples(num_samples)[1]
-
-
-def random_plan(model: nn.Module, seed: int) -> Plan:
-    """Each parameter of the model is frozen, structured, whole or sparse at random, but for its head and cls_token."""
-    generator = torch.Generator().manual_seed(seed)
-    inventory = take_inventory(model)
-    plan = Plan(parameters=inventory.always_tuned, head=inventory.head, rank=2, backbone_size=inventory.backbone_size)
-    for name in inventory.always_tuned:
-        plan.shapes[name] = tuple(model.get_parameter(name).shape)
-    for parameter in inventory.parameters:
-        how = int(torch.randint(3, (), generator=generator))
-        # k's bias has no gradient: Adam would blow rounding noise up to whole steps.
-        if how == 0 or parameter.name.endswith("attn.k.bias") or parameter.name in inventory.always_tuned:
-            continue
-        plan.shapes[parameter.name] = parameter.shape
-        if how == 1 and parameter.is_matrix:
-            plan.matrices[parameter.name] = "lora"
-        elif how == 1:
-            plan.vectors.append(parameter.name)
-        else:
-            count = int(torch.randint(1, parameter.numel + 1, (), generator=generator))
-            plan.sparse[parameter.name] = torch.randperm(parameter.numel, generator=generator)[:count].sort().values
-    return plan
-
-
-def disturb(model: nn.Module, seed: int = 1) -> None:
-    """Move every trained parameter, as training would."""
-    generator = torch.Generator().manual_seed(seed)
-    for _, parameter in trainable_parameters(model):
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.sampled_from(list(MODELS)), st.integers(0, 10_000))
-def test_random_plans_inject_train_save_load_merge(
-    tmp_path_factory: pytest.TempPathFactory, kind: str, seed: int
-) -> None:
-    """Identity at step 0; the exact set of changed weights; save, load and merge reproduce the outputs."""
-    model, (images, labels) = make_model(kind), make_images(kind)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    wanted = model(images)
-    plan = random_plan(model, seed)
-    tuned = inject(model, plan)
-    assert tuned is model
-    assert torch.equal(tuned(images), wanted)
-    assert [name for name in tuned.state_dict() if name in before] == list(before)
-    head = sum(tuned.get_parameter(name).numel() for name in plan.head)
-    assert sum(parameter.numel() for _, parameter in trainable_parameters(tuned)) - head == plan.num_trainable
-
-    optimizer = torch.optim.AdamW([parameter for _, parameter in trainable_parameters(tuned)], lr=1e-2)
-    for _ in range(2):
-        optimizer.zero_grad()
-        F.cross_entropy(tuned(images), labels).backward()
-        optimizer.step()
-    path = tmp_path_factory.mktemp("delta") / "task.safetensors"
-    save_delta(tuned, path)
-    outputs = tuned(images).detach()
-    assert not torch.equal(outputs, wanted)
-    loaded = load_delta(make_model(kind), path)
-    assert torch.equal(loaded(images), outputs)
-    merged = merge(loaded)
-    assert torch.allclose(merged(images), outputs, rtol=1e-4, atol=1e-5)
-    assert torch.equal(loaded(images), outputs), "merging must leave the tuned model alone"
-    plain = make_model(kind)
-    assert [type(module) for module in merged.modules()] == [type(module) for module in plain.modules()]
-    assert list(merged.state_dict()) == list(before)
-    assert [n for n, _ in merged.named_parameters()] == [n for n, _ in plain.named_parameters()]
-    check_changed_weights(take_inventory(plain), before, merged.state_dict(), plan)
-    assert torch.equal(inject(merged, random_plan(merged, seed + 1))(images), merge(loaded)(images))
-
-
-def check_changed_weights(
-    inventory: Inventory, before: dict[str, Tensor], after: dict[str, Tensor], plan: Plan
-) -> None:
-    """Only what the plan names has changed; of sparsely tuned tensors only the chosen entries."""
-    seen = set(plan.head)
-    for parameter in inventory.parameters:
-        seen.add(".".join(filter(None, (parameter.module, parameter.parameter))))
-        changed = (pick(before, parameter.name) != pick(after, parameter.name)).flatten().nonzero().flatten()
-        if parameter.name in plan.sparse:
-            assert set(changed.tolist()) <= set(plan.sparse[parameter.name].tolist())
-            # An unlucky entry's update may round to nothing.
-            assert len(changed) > 0.5 * len(plan.sparse[parameter.name])
-        elif parameter.name in plan.vectors or parameter.name in plan.parameters:
-            assert len(changed) > 0.5 * parameter.numel, parameter.name
-        else:
-            assert (len(changed) > 0) == (parameter.name in plan.matrices), parameter.name
-    for name in before.keys() - seen:
-        assert torch.equal(before[name], after[name])
+from tests.tuning.plans_for_tests import MODELS, disturb, make_images, make_model, random_plan
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -203,31 +82,6 @@ def test_frozen_weights_get_no_gradient_and_layers_keep_their_attributes() -> No
         assert (parameter.grad is not None) == parameter.requires_grad, name
     layer = tuned.get_submodule("blocks.0.attn.qkv")
     assert (layer.in_features, layer.out_features, tuple(layer.weight.shape)) == (24, 72, (72, 24))
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_merge_is_exact_in_float64(kind: str) -> None:
-    model, (images, _) = make_model(kind).double(), make_images(kind)
-    tuned = inject(model, random_plan(model, 11)).double()
-    disturb(tuned)
-    outputs = tuned(images.double())
-    merged = merge(tuned)
-    assert torch.allclose(merged(images.double()), outputs, rtol=1e-12, atol=1e-12)
-    fresh = make_model(kind).double()
-    fresh.load_state_dict(merged.state_dict())
-    assert torch.equal(fresh(images.double()), merged(images.double()))
-
-
-def test_merge_rounds_once_in_bfloat16() -> None:
-    model = make_vit().bfloat16()
-    tuned = inject(model, random_plan(model, 11))
-    disturb(tuned)
-    images = make_samples(3)[0].bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        outputs = tuned(images).float()
-    merged = merge(tuned)
-    assert merged.get_parameter("blocks.0.mlp.fc1.weight").dtype == torch.bfloat16
-    assert (merged(images).float() - outputs).abs().max() < 0.1 * outputs.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

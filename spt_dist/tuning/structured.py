@@ -1,0 +1,47 @@
+"""What structured modules have in common.
+
+Shape suffixes: I in_features, O out_features; ``...`` any leading axes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """What a structured module is made for.
+
+    Attributes:
+        in_features, out_features: of the weight matrix.
+        rank: the module's size.
+        init: see ``allocation.kinds.ModuleOptions``.
+        parallel: whether a module that could read the layer's output shall read its input.
+        device: of the parameters; they are fp32.
+    """
+
+    in_features: int
+    out_features: int
+    rank: int
+    init: str = "zero"
+    parallel: bool = False
+    device: torch.device | None = None
+
+
+class StructuredModule(nn.Module):
+    """Computes what is added to the output of a Linear layer (to the rows of one weight matrix in it).
+
+    Attributes:
+        reads_output: whether it is given the layer's output ``(..., O)`` instead of its input ``(..., I)``.
+    """
+
+    reads_output: bool = False
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``(..., I)``, or ``(..., O)`` if ``reads_output``, to the update ``(..., O)`` in the dtype of ``inputs``."""
+        raise NotImplementedError
+
+    def delta(self) -> Tensor | None:
+        """The same as an update of the weight, ``(O, I)`` float64; ``None`` if it is not linear in the input."""
+        return None
