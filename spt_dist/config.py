@@ -120,7 +120,10 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole run. ``data`` and ``method`` hold a ``type`` and the arguments of what it names."""
+    """A whole run. ``data`` and ``method`` hold a ``type`` and the arguments of what it names.
+
+    ``custom_imports=dict(imports=["my_modules"])``, mmengine's own key, imports one's own files before anything else.
+    """
 
     model: ModelConfig
     data: dict[str, Any]
@@ -128,6 +131,7 @@ class RunConfig:
     train: TrainConfig
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    custom_imports: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     work_dir: str = ""
 

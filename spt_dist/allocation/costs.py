@@ -78,6 +78,12 @@ class Choice:
     cost: int
 
 
+def block_of(name: str) -> str | None:
+    """Name of the block that the parameter ``name`` is in, ``None`` for one outside the blocks."""
+    found = _BLOCK.fullmatch(name)
+    return None if found is None else found[1]
+
+
 class Chooser:
     """Decides for all tensors from their numbers of sensitive weights; never cheaper in total for more of them."""
 
@@ -121,17 +127,15 @@ def _make_units(
     """What modules of the rule's kind can be put on: each matrix, or each block that has matrices."""
     if rule.structured is None:
         return []
+    takes_block = find_kind(rule.structured).takes_block
     members: dict[str, list[int]] = {}
     for place, name in enumerate(names):
-        if name in matrices:
-            block = _BLOCK.fullmatch(name)
-            if not find_kind(rule.structured).takes_block:
-                members[name] = [place]
-            elif block is not None:
-                members.setdefault(block[1], []).append(place)
+        unit = block_of(name) if takes_block else name
+        if name in matrices and unit is not None:
+            members.setdefault(unit, []).append(place)
     units = []
     for name, places in members.items():
         # A block's first matrix reads the tokens, so its in_features are the block's width.
-        shape = shapes[places[0]][-1:] if find_kind(rule.structured).takes_block else shapes[places[0]]
+        shape = shapes[places[0]][-1:] if takes_block else shapes[places[0]]
         units.append(Unit(name, shape, tuple(places), structured_cost(rule.structured, shape, rule.rank)))
     return units

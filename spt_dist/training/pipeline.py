@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spt_dist.allocation.allocate import allocate
+from spt_dist.allocation.costs import block_of
+from spt_dist.allocation.kinds import find_kind
 from spt_dist.allocation.plan import Plan
 from spt_dist.allocation.released import eligible_names, matrix_names
 from spt_dist.allocation.request import AllocationRequest
@@ -35,6 +37,7 @@ from spt_dist.training.trainer import Trainer
 from spt_dist.tuning.delta import describe_delta
 from spt_dist.tuning.inject import inject, print_trainable_parameters
 from spt_dist.tuning.methods import PLAN_MAKERS, make_plan
+from spt_dist.tuning.prompts import check_block
 
 
 @dataclass(frozen=True)
@@ -157,9 +160,13 @@ def make_run_plan(config: RunConfig, model: nn.Module, task: Task) -> tuple[Plan
     reserved = sum(model.get_parameter(name).numel() for name in inventory.always_tuned)
     request = AllocationRequest(**options)
     request.resolve(inventory.backbone_size, reserved)
+    matrices = [parameter.name for parameter in inventory.parameters if parameter.is_matrix]
     if request.preset == "released":
-        matrices = [parameter.name for parameter in inventory.parameters if parameter.is_matrix]
         matrix_names(eligible_names(inventory.by_name()), matrices)
+    if request.structured is not None and find_kind(request.structured).takes_block:
+        for block in dict.fromkeys(map(block_of, matrices)):
+            if block is not None:
+                check_block(model, block)
     scores = score(config, model, task)
     return allocate(scores, **options), scores
 
@@ -193,7 +200,7 @@ def run_training(config: RunConfig, config_path: str, resume: str | None = None)
     else:
         if checkpoint.fingerprint != tuned.spt_fingerprint:
             raise UserError(f"{checkpoint.path}: belongs to a backbone with other weights; check model.checkpoint")
-        if plan.method.split("-")[0] != config.method["type"]:
+        if config.method["type"] not in ("plan", plan.method.split("-")[0]):
             raise UserError(
                 f"{checkpoint.path}: written by a run with method {plan.method}, this one has "
                 f"method.type={config.method['type']!r}; resume with the same, or start a new run without --resume"

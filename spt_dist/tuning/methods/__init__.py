@@ -8,12 +8,18 @@ from spt_dist.allocation.plan import Plan
 from spt_dist.tuning.methods.full import plan_full
 from spt_dist.tuning.methods.linear import plan_linear
 from spt_dist.tuning.methods.lora import plan_lora
+from spt_dist.tuning.methods.plan import plan_from_file
 
 PlanMaker = Callable[..., Plan]
 # SPT is not among them: its plan needs scores, which `allocate` turns into one.
-PLAN_MAKERS: dict[str, PlanMaker] = {"linear": plan_linear, "lora": plan_lora, "full": plan_full}
+PLAN_MAKERS: dict[str, PlanMaker] = {
+    "linear": plan_linear,
+    "lora": plan_lora,
+    "full": plan_full,
+    "plan": plan_from_file,
+}
 
 
 def make_plan(method: str, model: nn.Module, **options: object) -> Plan:
-    """The plan of a method that needs no scores ("linear", "lora", "full")."""
+    """The plan of a method that needs no scores ("linear", "lora", "full", "plan")."""
     return PLAN_MAKERS[method](model, **options)

@@ -1,0 +1,19 @@
+"""A plan out of a file: one that was made before, or an allocation that others published."""
+
+from torch import nn
+
+from spt_dist.allocation.plan import Plan
+
+
+def plan_from_file(model: nn.Module, path: str, preset: str = "paper") -> Plan:
+    """Read a plan; ``inject`` finds out whether it is for ``model``.
+
+    Args:
+        model: the backbone with its head.
+        path: a plan file, or a ``param_req_*.pth`` as SPT's authors published them.
+        preset: how the modules of a published allocation are set up, see ``Plan.from_spt_release``; other plans say it.
+
+    Raises:
+        UserError: as ``Plan.load`` and ``Plan.from_spt_release``.
+    """
+    return Plan.from_spt_release(path, preset) if path.endswith(".pth") else Plan.load(path)
