@@ -1,5 +1,6 @@
 """Task files: what was trained, the plan, and which backbone it belongs to."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,15 @@ def read_delta(path: str | Path) -> TaskFile:
     Raises:
         UserError: the file is missing, damaged, of another kind or of a newer version.
     """
-    tensors, metadata = load_tensors(path, "delta")
+    return parse_delta(*load_tensors(path, "delta"), path)
+
+
+def parse_delta(tensors: dict[str, Tensor], metadata: dict[str, Any], path: str | Path) -> TaskFile:
+    """The inverse of ``describe_delta``; ``path`` names the file in errors.
+
+    Raises:
+        UserError: contents that do not fit together, or of a newer version.
+    """
     if metadata.get("version") not in READABLE_VERSIONS:
         raise UserError(
             f"{path}: task file of version {metadata.get('version')}, this spt_dist reads up to {FORMAT_VERSION}"
@@ -131,10 +140,10 @@ def load_delta(backbone: nn.Module, path: str | Path) -> nn.Module:
 
 def attach_delta(backbone: nn.Module, task: TaskFile) -> nn.Module:
     """As ``load_delta``, from a file in memory and on any backbone with the right names and shapes."""
+    _check_fits(backbone, task)
     _fit_head(backbone, task.plan, task.state)
     modules = make_modules(backbone, task.plan)
     trained = trained_parameters(backbone, task.plan, modules)
-    _check_state(task.state, trained, task.path)
     install(backbone, task.plan, modules)
     for name, parameter in trained.items():
         parameter.data.copy_(task.state[name])
@@ -145,6 +154,15 @@ def backbone_name(model: nn.Module) -> str:
     """timm's name of the architecture, or the class's."""
     config = getattr(model, "pretrained_cfg", None) or {}
     return str(config.get("architecture") or type(model).__name__)
+
+
+def _check_fits(backbone: nn.Module, task: TaskFile) -> None:
+    """Refuse trained values that are not the model's by name and shape, before anything of it is changed."""
+    # A copy of the modules that has the same parameters, for the head to be replaced in.
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in [*backbone.parameters(), *backbone.buffers()]}
+    twin = copy.deepcopy(backbone, shared)
+    _fit_head(twin, task.plan, task.state)
+    _check_state(task.state, trained_parameters(twin, task.plan, make_modules(twin, task.plan)), task.path)
 
 
 def _check_state(state: dict[str, Tensor], trained: dict[str, nn.Parameter], source: str | Path) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from spt_dist.tuning.recompute import Activated, project, scatter_columns
+from spt_dist.tuning.recompute import Activated
 
 # V is used as long as it has at most so many elements for each chosen weight (benchmarks/sparse.py).
 BLOCK_LIMIT = 150
@@ -52,12 +53,12 @@ class SparseDelta(nn.Module):
             x: the layer's input, ``(..., I)``.
             source: what ``x`` was computed from, to keep nothing of ``x``.
         """
+        kept = (None, None) if source is None else (source.hidden, source.activation)
         if self.as_block:
-            update = project(x, self.block(), source, self.columns)
-            return outputs.index_add_(-1, self.rows, update.to(outputs.dtype))
-        places = (self.rows[self.row_of], self.column_of, self.columns)
-        hidden, activation = (source.hidden, source.activation) if source is not None else (None, None)
-        updated: Tensor = _AddProducts.apply(outputs, x, self.values, places, hidden, activation)
+            updated: Tensor = _AddBlock.apply(outputs, x, self.block(), self.rows, self.columns, *kept)
+        else:
+            places = (self.rows[self.row_of], self.column_of, self.columns)
+            updated = _AddProducts.apply(outputs, x, self.values, *places, *kept)
         return updated
 
     def block(self) -> Tensor:
@@ -70,6 +71,39 @@ class SparseDelta(nn.Module):
         weight[self.rows[self.row_of], self.columns[self.column_of]] += sign * self.values.double()
 
 
+class _AddBlock(torch.autograd.Function):
+    """``y[..., R] += x[..., C] V^T`` in place. (torch's own ``index_add_`` would keep what it adds.)"""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        block_RC: Tensor,
+        rows_R: Tensor,
+        columns_C: Tensor,
+        hidden: Tensor | None,
+        activation: nn.Module | None,
+    ) -> Tensor:
+        ctx.activation, ctx.in_features, ctx.dtypes = activation, x.shape[-1], (x.dtype, block_RC.dtype)
+        x_C, block_RC = x.index_select(-1, columns_C).to(y.dtype), block_RC.to(y.dtype)
+        ctx.save_for_backward(block_RC, rows_R, columns_C, x_C if hidden is None else hidden)
+        y.index_add_(-1, rows_R, x_C @ block_RC.mT)
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    @once_differentiable  # what is kept of x has no history, so second derivatives would lack a part
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        block_RC, rows_R, columns_C, kept = ctx.saved_tensors
+        x_dtype, block_dtype = ctx.dtypes
+        grad_R = grad_y.index_select(-1, rows_R)
+        x_C = _recall(kept, columns_C, ctx.activation, grad_y.dtype)
+        grad_block = grad_R.reshape(-1, grad_R.shape[-1]).mT @ x_C.reshape(-1, x_C.shape[-1])
+        grad_x = _scatter(grad_R @ block_RC, columns_C, ctx.in_features)
+        return grad_y, grad_x.to(x_dtype), grad_block.to(block_dtype), None, None, None, None
+
+
 class _AddProducts(torch.autograd.Function):
     """``y[..., row_k] += x[..., column_k] v_k`` for every chosen weight k, in place."""
 
@@ -79,35 +113,46 @@ class _AddProducts(torch.autograd.Function):
         y: Tensor,
         x: Tensor,
         values_K: Tensor,
-        places: tuple[Tensor, Tensor, Tensor],
+        row_K: Tensor,
+        column_of_K: Tensor,
+        columns_C: Tensor,
         hidden: Tensor | None,
         activation: nn.Module | None,
     ) -> Tensor:
-        row_K, column_of_K, columns_C = places
         ctx.activation, ctx.in_features, ctx.dtypes = activation, x.shape[-1], (x.dtype, values_K.dtype)
-        x_C = x.index_select(-1, columns_C).to(y.dtype)
-        values_K = values_K.to(y.dtype)
-        ctx.save_for_backward(values_K, *places, x_C if hidden is None else hidden)
+        x_C, values_K = x.index_select(-1, columns_C).to(y.dtype), values_K.to(y.dtype)
+        ctx.save_for_backward(values_K, row_K, column_of_K, columns_C, x_C if hidden is None else hidden)
         for chunk in _chunks(values_K):
             y.index_add_(-1, row_K[chunk], x_C.index_select(-1, column_of_K[chunk]) * values_K[chunk])
         ctx.mark_dirty(y)
         return y
 
     @staticmethod
+    @once_differentiable  # what is kept of x has no history, so second derivatives would lack a part
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         values_K, row_K, column_of_K, columns_C, kept = ctx.saved_tensors
-        x_C = kept if ctx.activation is None else ctx.activation(kept.index_select(-1, columns_C)).to(grad_y.dtype)
+        x_C = _recall(kept, columns_C, ctx.activation, grad_y.dtype)
         grad_C = torch.zeros_like(x_C)
         # Summed over samples and tokens in fp32 at least.
         grad_K = torch.empty_like(values_K, dtype=torch.promote_types(values_K.dtype, torch.float32))
         for chunk in _chunks(values_K):
             grad_rows = grad_y.index_select(-1, row_K[chunk])
             products = grad_rows * x_C.index_select(-1, column_of_K[chunk])
-            grad_K[chunk] = products.flatten(0, -2).sum(dim=0, dtype=grad_K.dtype)
+            grad_K[chunk] = products.reshape(-1, products.shape[-1]).sum(dim=0, dtype=grad_K.dtype)
             grad_C.index_add_(-1, column_of_K[chunk], grad_rows * values_K[chunk])
-        grad_x = scatter_columns(grad_C, columns_C, ctx.in_features)
+        grad_x = _scatter(grad_C, columns_C, ctx.in_features)
         x_dtype, values_dtype = ctx.dtypes
-        return grad_y, grad_x.to(x_dtype), grad_K.to(values_dtype), None, None, None
+        return grad_y, grad_x.to(x_dtype), grad_K.to(values_dtype), None, None, None, None, None
+
+
+def _recall(kept: Tensor, columns_C: Tensor, activation: nn.Module | None, dtype: torch.dtype) -> Tensor:
+    """The chosen columns of a layer's input, from themselves or from what the input was computed from."""
+    return kept if activation is None else activation(kept.index_select(-1, columns_C)).to(dtype)
+
+
+def _scatter(values_C: Tensor, columns_C: Tensor, num_columns: int) -> Tensor:
+    """``(..., C)`` values at their columns of ``(..., num_columns)`` zeros."""
+    return values_C.new_zeros(*values_C.shape[:-1], num_columns).index_copy_(-1, columns_C, values_C)
 
 
 def _chunks(values_K: Tensor) -> list[slice]:

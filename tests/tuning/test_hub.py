@@ -1,0 +1,167 @@
+"""Folders that timm loads by itself."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+# Must come before timm: it makes torchvision importable beside a CPU build of torch.
+import spt_dist  # noqa: F401  # isort: skip
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from spt_dist import UserError, inject, merge, trainable_parameters
+from spt_dist.models.checkpoints import load_merged
+from spt_dist.tuning import hub
+from spt_dist.tuning.hub import CONFIG_FILE, WEIGHTS_FILE, save_pretrained
+from spt_dist.tuning.peft_format import save_peft
+from tests.models_for_tests import make_vit
+from tests.tuning.plans_for_tests import disturb, make_model, random_plan
+
+# What a model is, and the shape of its images.
+BUILDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "vit": (make_vit, (3, 16, 16)),
+    "grey images": (lambda: make_vit(in_chans=1), (1, 16, 16)),
+    "averages, no class token": (lambda: make_vit(global_pool="avg", class_token=False), (3, 16, 16)),
+    "norm by name, oblong": (lambda: make_vit(norm_layer="layernorm", img_size=(16, 24)), (3, 16, 24)),
+    "registers, layer scale": (lambda: make_model("registers, layer scale"), (3, 16, 16)),
+    "windows": (lambda: make_model("windows"), (3, 56, 56)),
+    "convolutions": (lambda: make_model("convolutions"), (3, 224, 224)),
+    "two heads": (lambda: make_distilled(), (3, 32, 32)),
+    "another head": (lambda: with_classes(make_vit(), 3), (3, 16, 16)),
+}
+
+
+def make_distilled() -> nn.Module:
+    """A small DeiT with its distillation token and head."""
+    kwargs = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
+    return timm.create_model("deit_tiny_distilled_patch16_224", **kwargs).eval()
+
+
+def with_classes(model: nn.Module, num_classes: int) -> nn.Module:
+    """The model with another head, as loading a task file gives it one."""
+    model.reset_classifier(num_classes)
+    return model
+
+
+def make_tuned(build: Callable[[], nn.Module] = make_vit) -> nn.Module:
+    """A model with a random plan, trained a little."""
+    model = build()
+    tuned = inject(model, random_plan(model, 1))
+    disturb(tuned)
+    return tuned
+
+
+@pytest.mark.parametrize("kind", BUILDS)
+def test_timm_loads_the_folder(kind: str, tmp_path: Path) -> None:
+    build, shape = BUILDS[kind]
+    tuned = make_tuned(build)
+    merged = merge(tuned)
+    save_pretrained(merged, tmp_path, tuned)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.randn(2, *shape)
+    assert torch.equal(loaded(images), merged(images))
+    assert not torch.allclose(loaded(images), build()(images), atol=0.01)
+    assert loaded.pretrained_cfg["input_size"] == shape
+    assert loaded.state_dict().keys() == merged.state_dict().keys()
+
+
+def test_the_weights_are_a_merged_checkpoint(tmp_path: Path) -> None:
+    tuned = make_tuned()
+    save_pretrained(merge(tuned), tmp_path, tuned)
+    model = make_vit(seed=2)
+    load_merged(model, str(tmp_path / WEIGHTS_FILE))
+    assert torch.equal(model(torch.ones(1, 3, 16, 16)), merge(tuned)(torch.ones(1, 3, 16, 16)))
+
+
+def test_the_card_tells_what_was_trained_and_its_code_runs(tmp_path: Path) -> None:
+    tuned = make_tuned()
+    save_pretrained(merge(tuned), tmp_path, tuned)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    trained = sum(value.numel() for name, value in trainable_parameters(tuned) if not name.startswith("head"))
+    rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", card, re.MULTILINE))
+    assert rows["method"] == tuned.spt_plan.method
+    assert rows["trained parameters, head not counted"].split(" ")[0] == f"{trained:,}"
+    assert rows["parameters of the head"] == "250"
+    assert rows["fingerprint of the backbone"] == f"`{tuned.spt_fingerprint}`"
+    assert f"```\n{tuned.spt_plan.summary()}\n```" in card
+    assert f"- timm {timm.__version__}\n" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("FOLDER", str(tmp_path)), names)
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(names["model"](images), merge(tuned)(images))
+
+
+def test_what_timm_could_not_build_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    tuned = make_tuned()
+    with pytest.raises(UserError, match="has tuning modules"):
+        save_pretrained(tuned, folder, tuned)
+    with pytest.raises(UserError, match="tuned has no plan"):
+        save_pretrained(merge(tuned), folder, make_vit())
+    with pytest.raises(UserError, match=r"this Sequential was not made by timm\.create_model"):
+        save_pretrained(nn.Sequential(merge(tuned)), folder, tuned)
+    with_function = make_tuned(lambda: make_vit(act_layer=nn.GELU))
+    with pytest.raises(UserError, match="'act_layer' is not serializable"):
+        save_pretrained(merge(with_function), folder, with_function)
+    model = make_vit()
+    left = inject(model, random_plan(model, 1, ("adapter",)))
+    with pytest.raises(UserError, match="adapters or prompts are left after merging"):
+        save_pretrained(merge(left), folder, left)
+    assert not folder.exists()
+
+
+def test_only_earlier_exports_are_replaced(tmp_path: Path) -> None:
+    tuned, other = make_tuned(), make_tuned(lambda: make_vit(seed=5))
+    (tmp_path / "file").write_text("mine")
+    for taken in (tmp_path / "file", tmp_path):
+        with pytest.raises(UserError, match=r"is a file|holds other files than an earlier hf export"):
+            save_pretrained(merge(tuned), taken, tuned)
+    save_peft(tuned, tmp_path / "peft")
+    with pytest.raises(UserError, match="holds other files than an earlier hf export"):
+        save_pretrained(merge(tuned), tmp_path / "peft", tuned)
+    for task in (tuned, other):
+        save_pretrained(merge(task), tmp_path / "hf", task)
+        loaded = timm.create_model(f"local-dir:{tmp_path / 'hf'}", pretrained=True).eval()
+        images = torch.randn(2, 3, 16, 16)
+        assert torch.equal(loaded(images), merge(task)(images))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "hf", "peft"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", [WEIGHTS_FILE, "README.md", CONFIG_FILE])
+def test_an_export_that_was_interrupted_is_no_export(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = make_tuned()
+    save_pretrained(merge(tuned), tmp_path, tuned)
+    with full_disk(monkeypatch, hub, name), pytest.raises(OSError, match="full"):
+        save_pretrained(merge(tuned), tmp_path, tuned)
+    with pytest.raises(FileNotFoundError, match=CONFIG_FILE):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    save_pretrained(merge(tuned), tmp_path, tuned)
+    timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+@contextmanager
+def full_disk(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> Iterator[None]:
+    """Within this, ``module`` can't write the file called ``name``."""
+
+    def limit(write: Callable[..., Path]) -> Callable[..., Path]:
+        def limited(path: Path, *content: Any) -> Path:
+            if path.name == name:
+                raise OSError("full")
+            return write(path, *content)
+
+        return limited
+
+    with monkeypatch.context() as patch:
+        for function in ("save_tensors", "write_text"):
+            patch.setattr(module, function, limit(getattr(module, function)))
+        yield
