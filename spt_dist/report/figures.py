@@ -1,7 +1,6 @@
-"""Pictures of scores, plans and losses, as PNG files."""
+"""Pictures of scores, patterns and losses, as PNG files."""
 
 from collections.abc import Mapping, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
-from spt_dist.allocation.plan import Plan
-from spt_dist.report.grid import Array, to_grid
+from spt_dist.report.canvas import label_columns, label_grid, new_figure, save_figure
+from spt_dist.report.grid import to_grid
 from spt_dist.report.patterns import Patterns
 
 
@@ -25,43 +23,17 @@ def draw_scores(means: Mapping[str, float], path: str | Path) -> Path:
         path: the PNG file.
     """
     grid, operations, columns = to_grid(means)
-    figure, axes = _new_figure(len(columns), len(operations))
+    figure, axes = new_figure(len(columns), len(operations))
     # Scores span many orders of magnitude, and attn.k.bias, which is exactly insensitive, is rounding noise.
     top = float(np.nanmax(grid))
     bottom = float(np.nanmin(grid[grid > top * 1e-7]))
     image = axes.imshow(
         np.maximum(grid, bottom / 10), norm=LogNorm(vmin=bottom, vmax=top), cmap="viridis", aspect="auto"
     )
-    _label(axes, operations, columns)
+    label_grid(axes, operations, columns)
     axes.set_title("mean sensitivity of a weight")
     figure.colorbar(image, ax=axes, extend="min")
-    return _save(figure, path)
-
-
-def draw_plan(plan: Plan, path: str | Path) -> Path:
-    """What is tuned: the share of trained parameters in each tensor, and which matrices are structured.
-
-    Args:
-        plan: the plan.
-        path: the PNG file.
-    """
-    trained = {name: float(len(indices)) for name, indices in plan.sparse.items()}
-    trained |= {name: float(prod(plan.shapes[name])) for name in (*plan.vectors, *plan.parameters)}
-    structured = {name: 1.0 for name in plan.matrices}
-    everything = dict.fromkeys([*plan.shapes], 0.0)
-    grid, operations, columns = to_grid(everything | trained)
-    flags, _, _ = to_grid(everything | structured)
-    figure, axes = _new_figure(len(columns), len(operations))
-    axes.imshow(
-        np.where(grid > 0, np.log10(np.maximum(grid, 1)), np.nan), cmap="Oranges", aspect="auto", vmin=-0.5, vmax=4
-    )
-    for row, column in np.argwhere(flags > 0):
-        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor="tab:blue", edgecolor="white"))
-    _write_counts(axes, grid, flags, plan.rank)
-    _label(axes, operations, columns)
-    legend = "blue: low-rank module; orange: weights tuned one by one or whole vectors"
-    figure.suptitle(f"{plan.num_trainable:,} trained parameters\n{legend}", fontsize=10)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_block_patterns(patterns: Patterns, path: str | Path) -> Path:
@@ -82,12 +54,12 @@ def draw_block_patterns(patterns: Patterns, path: str | Path) -> Path:
         (line,) = axes.plot(places, np.where(is_block, shares, np.nan), "o-", markersize=4, label=f"{label} ({tau:,})")
         # What lies outside is no step on the way through the blocks.
         axes.plot(places[~is_block], shares[~is_block], "o", markersize=4, color=line.get_color())
-    _label_columns(axes, columns)
+    label_columns(axes, columns)
     axes.set(xlim=(-0.6, len(columns) - 0.4), ylim=(0, None), ylabel="share of the most\nsensitive weights, %")
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
     _add_legend(figure, axes)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_operation_patterns(patterns: Patterns, path: str | Path) -> Path:
@@ -115,7 +87,7 @@ def draw_operation_patterns(patterns: Patterns, path: str | Path) -> Path:
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
     _add_legend(figure, left)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_densities(patterns: Patterns, path: str | Path) -> Path:
@@ -139,8 +111,8 @@ def draw_densities(patterns: Patterns, path: str | Path) -> Path:
         axes.set_title(f"{label} ({tau:,} weights)", fontsize=10)
         bar = figure.colorbar(image, ax=axes, extend="min", format="%g")
         bar.set_label("share of the tensor's weights, % (grey: none)", fontsize=8)
-    _label_columns(panels[-1], columns)
-    return _save(figure, path)
+    label_columns(panels[-1], columns)
+    return save_figure(figure, path)
 
 
 def draw_losses(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path) -> Path:
@@ -160,45 +132,10 @@ def draw_losses(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: str | P
     losses.set(xlabel="step", ylabel="training loss", yscale="log")
     accuracies.set(xlabel="step", ylabel="top-1 on held-out samples, %")
     accuracies.legend()
-    return _save(figure, path)
-
-
-def _write_counts(axes: Axes, grid: Array, flags: Array, rank: int) -> None:
-    for (row, column), count in np.ndenumerate(grid):
-        if flags[row, column] > 0:
-            axes.text(column, row, f"r{rank}", ha="center", va="center", color="white", fontsize=7)
-        elif count > 0:
-            axes.text(column, row, f"{int(count)}", ha="center", va="center", fontsize=7)
-
-
-def _new_figure(num_columns: int, num_rows: int) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(max(7.0, 0.5 * num_columns + 3.5), max(3.0, 0.3 * num_rows + 1.2)), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _label(axes: Axes, rows: Sequence[str], columns: Sequence[str]) -> None:
-    axes.set_yticks(range(len(rows)), rows)
-    _label_columns(axes, columns)
-
-
-def _label_columns(axes: Axes, columns: Sequence[str]) -> None:
-    axes.set_xticks(range(len(columns)), columns)
-    for label, column in zip(axes.get_xticklabels(), columns, strict=True):
-        label.set_rotation(90 if len(column) > 2 else 0)
-    block = "stage.block" if any("." in column for column in columns) else "block"
-    axes.set_xlabel(f"{block}; what lies outside the blocks by name")
+    return save_figure(figure, path)
 
 
 def _add_legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     # Beside the axes there is room for any number of lines, and none is hidden.
     figure.legend(handles, labels, loc="outside right upper", title="most sensitive weights")
-
-
-def _save(figure: Figure, path: str | Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # No interactive backend is wanted, or even there, on a cluster's nodes.
-    matplotlib.use("agg")
-    figure.savefig(path, dpi=150)
-    return path

@@ -38,8 +38,8 @@ class Layout:
     """The places of some parameters, as a grid.
 
     Attributes:
-        operations: the grid's rows, in the order of the parameters.
-        columns: the blocks by number; what lies outside them stands where the parameters have it.
+        operations: the grid's rows.
+        columns: the blocks by number, and what lies outside them.
         is_block: whether each column is a block.
         rows: ``(num_parameters,)`` int64, each parameter's row.
         cols: ``(num_parameters,)`` int64, each parameter's column.
@@ -50,6 +50,18 @@ class Layout:
     is_block: list[bool]
     rows: Array
     cols: Array
+
+    @classmethod
+    def of(cls, places: Sequence[Place], operations: list[str], columns: list[str]) -> "Layout":
+        """Put ``places`` on a grid of these rows and columns."""
+        blocks = {place.column for place in places if place.block is not None}
+        return cls(
+            operations,
+            columns,
+            [column in blocks for column in columns],
+            np.array([operations.index(place.operation) for place in places], dtype=np.int64),
+            np.array([columns.index(place.column) for place in places], dtype=np.int64),
+        )
 
 
 def to_grid(values: Mapping[str, float]) -> tuple[Array, list[str], list[str]]:
@@ -70,7 +82,7 @@ def to_grid(values: Mapping[str, float]) -> tuple[Array, list[str], list[str]]:
 
 
 def lay_out(names: Sequence[str]) -> Layout:
-    """Lay parameters out by operation and block.
+    """Lay parameters out by operation and block, all in the order of the names but that the blocks go by number.
 
     Args:
         names: logical names, in the model's order.
@@ -79,14 +91,7 @@ def lay_out(names: Sequence[str]) -> Layout:
     block_of = {place.column: place.block for place in places}
     by_number = iter(sorted((block, column) for column, block in block_of.items() if block is not None))
     columns = [column if block is None else next(by_number)[1] for column, block in block_of.items()]
-    operations = list(dict.fromkeys(place.operation for place in places))
-    return Layout(
-        operations,
-        columns,
-        [block_of[column] is not None for column in columns],
-        np.array([operations.index(place.operation) for place in places], dtype=np.int64),
-        np.array([columns.index(place.column) for place in places], dtype=np.int64),
-    )
+    return Layout.of(places, list(dict.fromkeys(place.operation for place in places)), columns)
 
 
 def find_places(names: Sequence[str]) -> list[Place]:

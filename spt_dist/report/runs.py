@@ -1,4 +1,4 @@
-"""Comparing finished runs."""
+"""Reporting on what lies on disk: finished runs, scores, and plans."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,10 @@ from typing import Any
 from spt_dist.allocation.plan import Plan
 from spt_dist.errors import UserError
 from spt_dist.files import write_text
-from spt_dist.report.figures import draw_losses, draw_plan
+from spt_dist.report.figures import draw_losses
 from spt_dist.report.patterns import TAUS, Patterns
+from spt_dist.report.plan_figures import draw_plan
+from spt_dist.report.plans import PLAN_ENDINGS, read_plans, report_plans
 from spt_dist.report.stage_one import report_scores
 from spt_dist.sensitivity.scores import INDEX_FILE, Scores
 from spt_dist.tables import format_table
@@ -19,27 +21,34 @@ METHOD_LABELS = {
     "linear": "linear probe",
     "lora": "LoRA",
     "spt-lora": "SPT-LoRA",
+    "spt-adapter": "SPT-Adapter",
+    "spt-prompt": "SPT with prompts",
     "spt": "SPT",
     "full": "full fine-tuning",
 }
 
 
-def compare_runs(folders: Sequence[Path], out: Path, taus: Sequence[int | float] = TAUS) -> tuple[str, dict[str, Path]]:
-    """Write ``report.txt`` and pictures for some work dirs of ``launch/train.py`` and some folders of scores.
+def report_on(paths: Sequence[Path], out: Path, taus: Sequence[int | float] = TAUS) -> tuple[str, dict[str, Path]]:
+    """Write ``report.txt`` and pictures for some work dirs of ``launch/train.py``, folders of scores, and plans.
 
     Args:
-        folders: work dirs, in the order of the table, and folders of ``launch/sensitivity.py`` or ``Scores.save``.
+        paths: work dirs; folders of ``launch/sensitivity.py`` or ``Scores.save``; and files as ``plans.read_plans``
+            takes them. Tables have them in this order.
         out: folder for the results.
         taus: numbers of most sensitive weights whose patterns are drawn, see ``patterns.resolve_taus``.
 
     Returns:
-        The tables (of the runs, and for each folder of scores of its patterns), and what lies where:
+        The tables (of the runs, for each folder of scores of its patterns, and of the plans), and what lies where:
         description -> path.
 
     Raises:
-        UserError: a folder holds neither a finished run nor scores; two have the same name; as ``resolve_taus``.
+        UserError: a folder holds neither a finished run nor scores; two have the same name; as ``resolve_taus`` and
+            ``plans.read_plans``.
     """
+    plan_files = [path for path in paths if path.suffix in PLAN_ENDINGS]
+    folders = [path for path in paths if path not in plan_files]
     _check_names(folders)
+    plans = read_plans(plan_files) if plan_files else {}
     work_dirs = [folder for folder in folders if not (folder / INDEX_FILE).is_file()]
     runs = {work_dir: _read_summary(work_dir) for work_dir in work_dirs}
     tables, files = [], {}
@@ -54,6 +63,10 @@ def compare_runs(folders: Sequence[Path], out: Path, taus: Sequence[int | float]
             patterns, more = _report_scores(folder, folder, out, taus)
             tables.append(f"{folder.absolute().name}: {patterns.table()}")
             files |= more
+    if plans:
+        table, more = report_plans(plans, out)
+        tables.append(table)
+        files |= more
     text = "\n\n".join(tables)
     return text, {"table": write_text(out / "report.txt", text + "\n"), **files}
 
@@ -115,9 +128,10 @@ def _read_summary(work_dir: Path) -> dict[str, Any]:
     path = work_dir / "summary.json"
     try:
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"{path}: no such file; {work_dir} holds no finished run of launch/train.py, and no scores"
+            f"{path}: no such file; {work_dir} holds no finished run of launch/train.py, and no scores, and is no plan "
+            f"file (*{', *'.join(PLAN_ENDINGS)})"
         ) from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not readable ({error})") from error

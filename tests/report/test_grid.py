@@ -1,14 +1,12 @@
-"""Scores and plans as grids, and their pictures."""
+"""Weights as grids, and pictures of scores and losses."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.image import imread
 
-from spt_dist import Plan
-from spt_dist.report.figures import draw_losses, draw_plan, draw_scores
+from spt_dist.report.figures import draw_losses, draw_scores
 from spt_dist.report.grid import lay_out, to_grid
 
 
@@ -78,15 +76,11 @@ def test_blocks_stand_in_the_order_of_their_numbers() -> None:
     assert lay_out(names).columns == ["stem", "0.9", "1.downsample", "0.10", "1.0"]
 
 
-@pytest.mark.parametrize("kind", ["scores", "plan", "losses"])
+@pytest.mark.parametrize("kind", ["scores", "losses"])
 def test_pictures_show_something(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "deeper" / "picture.png"
     if kind == "scores":
         draw_scores({f"blocks.{i}.{op}.weight": 10.0**i for i in range(3) for op in "ab"} | {"norm.bias": 0.0}, path)
-    elif kind == "plan":
-        shapes = {"blocks.0.q.weight": (4, 4), "blocks.1.q.weight": (4, 4), "blocks.1.q.bias": (4,)}
-        sparse = {"blocks.1.q.weight": torch.tensor([1, 5])}
-        draw_plan(Plan({"blocks.0.q.weight": "lora"}, ["blocks.1.q.bias"], sparse, shapes=shapes, rank=1), path)
     else:
         draw_losses({"one": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "top1": 0.5}]}, path)
     pixels = imread(path)[..., :3]

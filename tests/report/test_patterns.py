@@ -19,7 +19,7 @@ from torch import Tensor
 from spt_dist import Scores, UserError, allocate
 from spt_dist.report.figures import draw_block_patterns, draw_densities, draw_operation_patterns
 from spt_dist.report.patterns import TAUS, find_patterns, mean_scores, parse_taus, resolve_taus
-from spt_dist.report.runs import compare_runs
+from spt_dist.report.runs import report_on
 from spt_dist.report.stage_one import report_scores
 from spt_dist.sensitivity.shards import FlatIndex, ScoreShard, shard_bounds
 from tests.ranks import run_ranks
@@ -208,7 +208,7 @@ def test_report_on_saved_scores(tmp_path: Path) -> None:
     scores = {"vit": make_scores(VIT, draw_values(VIT)), "swin": make_scores(SWIN, draw_values(SWIN))}
     for name, some in scores.items():
         some.save(tmp_path / name)
-    text, files = compare_runs([tmp_path / "vit", tmp_path / "swin"], tmp_path / "out", [7])
+    text, files = report_on([tmp_path / "vit", tmp_path / "swin"], tmp_path / "out", [7])
     for name, some in scores.items():
         assert f"{name}: {find_patterns(some, [7]).table()}" in text
         kinds = ("scores{}.png", "patterns{}.json", *(f"patterns_{what}{{}}.png" for what in ("blocks", "operations")))
@@ -221,7 +221,7 @@ def test_folders_of_one_name_are_refused(tmp_path: Path) -> None:
     for place in ("a", "b"):
         make_scores(VIT, draw_values(VIT)).save(tmp_path / place / "scores")
     with pytest.raises(UserError, match=r"a/scores and .*b/scores: their pictures would have the same names"):
-        compare_runs([tmp_path / "a" / "scores", tmp_path / "b" / "scores"], tmp_path / "out")
+        report_on([tmp_path / "a" / "scores", tmp_path / "b" / "scores"], tmp_path / "out")
 
 
 def test_typed_taus() -> None:
