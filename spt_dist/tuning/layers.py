@@ -4,6 +4,8 @@ A tuned layer holds the very parameters of the layer it replaces, frozen and und
 the backbone keep their keys and code that looks at ``weight`` or ``in_features`` still finds them.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,15 +43,24 @@ class TunedLinear(nn.Linear):
     def forward(self, x: Tensor, source: Activated | None = None) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``; ``source``: what ``x`` was computed from, if known."""
         bias = self.bias if self.bias_delta is None else self.bias_delta(self.bias)
-        return self.update(F.linear(x, self.weight, bias), x, source)
-
-    def update(self, y: Tensor, x: Tensor, source: Activated | None = None) -> Tensor:
-        """What modules and single weights make of the plain layer's output ``y`` for ``x``; may change ``y``."""
+        # With two axes outputs are no views, which must not be changed in place behind a custom function.
+        rows = x.reshape(-1, self.in_features)
+        if self.sparse is not None:
+            y = self.sparse.linear(rows, self.weight, bias, source)
+        else:
+            y = F.linear(rows, self.weight, bias)
         if self.structured:
-            y = self._add_structured(y, x, source)
-        return y if self.sparse is None else self.sparse.add_to(y, x, source)
+            y = self._add_structured(y, rows, x.shape[:-1], source)
+        return y.view(*x.shape[:-1], self.out_features)
 
-    def _add_structured(self, y: Tensor, x: Tensor, source: Activated | None) -> Tensor:
+    def update(self, y: Tensor, x: Tensor) -> Tensor:
+        """What modules and single weights make of the plain layer's output ``y`` for ``x``; may change ``y``."""
+        if self.sparse is not None:
+            y = self.sparse.add_to(y, x)
+        return self._add_structured(y, x, x.shape[:-1]) if self.structured else y
+
+    def _add_structured(self, y: Tensor, x: Tensor, leading: torch.Size, source: Activated | None = None) -> Tensor:
+        """``leading``: axes of the layer's input, of which drop-path needs the first, the samples."""
         # Drawn once, so that q, k and v share it, as in the published code.
         inputs = self.dropout(x)
         source = source if inputs is x else None
@@ -65,9 +76,9 @@ class TunedLinear(nn.Linear):
                 update = module(inputs, source)
             else:
                 update = module(inputs)
-            update = self.drop_path(update).to(y.dtype)
+            update = self.drop_path(update.view(*leading, -1)).view(update.shape).to(y.dtype)
             if not is_whole:
-                y[..., rows] += update
+                y = _AddRows.apply(y, update, rows)
             else:
                 y = y + update if module.reads_output else y.add_(update)
         return y
@@ -103,3 +114,18 @@ class TunedLinear(nn.Linear):
             bias = bias if self.bias_delta is None else self.bias_delta(bias, sign)
             plain.bias = nn.Parameter(bias.to(self.bias.dtype))
         return plain.train(self.training)
+
+
+class _AddRows(torch.autograd.Function):
+    """``y[..., rows] += update`` in place. (torch's own would copy the whole gradient of ``y``.)"""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, update: Tensor, rows: slice) -> Tensor:
+        ctx.rows = rows
+        ctx.mark_dirty(y)
+        y[..., rows] += update
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_y, grad_y[..., ctx.rows], None

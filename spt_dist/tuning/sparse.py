@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from spt_dist.tuning.recompute import Activated
 
@@ -45,114 +46,91 @@ class SparseDelta(nn.Module):
         self.values = nn.Parameter(torch.zeros(len(positions), device=device))
         self.as_block = len(rows) * len(columns) <= BLOCK_LIMIT * len(positions)
 
-    def add_to(self, outputs: Tensor, x: Tensor, source: Activated | None = None) -> Tensor:
-        """Add the update in place.
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, source: Activated | None = None) -> Tensor:
+        """The layer's output with the update: ``(..., I)`` to ``(..., O)``.
 
         Args:
-            outputs: of the layer, ``(..., O)``; returned with the update.
-            x: the layer's input, ``(..., I)``.
+            x: the layer's input.
+            weight, bias: of the layer; no gradient of ``weight`` is computed.
             source: what ``x`` was computed from, to keep nothing of ``x``.
         """
         kept = (None, None) if source is None else (source.hidden, source.activation)
-        if self.as_block:
-            updated: Tensor = _AddBlock.apply(outputs, x, self.block(), self.rows, self.columns, *kept)
-        else:
-            places = (self.rows[self.row_of], self.column_of, self.columns)
-            updated = _AddProducts.apply(outputs, x, self.values, *places, *kept)
-        return updated
+        outputs: Tensor = _SparseLinear.apply(x, weight, bias, self.values, self, *kept)
+        return outputs
 
-    def block(self) -> Tensor:
-        """V, ``(|R|, |C|)`` in the dtype of ``values``; differentiable."""
-        empty = self.values.new_zeros(len(self.rows), len(self.columns))
-        return empty.index_put((self.row_of, self.column_of), self.values)
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """Add the update to ``y`` ``(..., O)`` in place, for the layer's input ``x`` ``(..., I)``; returns ``y``."""
+        return self.add_products(y, x.index_select(-1, self.columns).to(y.dtype), self.values.to(y.dtype))
+
+    def add_products(self, y: Tensor, x_C: Tensor, values_K: Tensor) -> Tensor:
+        """``y[..., row_k] += x[..., column_k] v_k`` for every chosen weight k, all in one dtype, in place."""
+        if self.as_block:
+            return y.index_add_(-1, self.rows, x_C @ self._block(values_K).mT)
+        rows_K = self.rows[self.row_of]
+        for chunk in _chunks(values_K):
+            y.index_add_(-1, rows_K[chunk], x_C.index_select(-1, self.column_of[chunk]) * values_K[chunk])
+        return y
+
+    def gradients(self, grad_y: Tensor, x_C: Tensor, values_K: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of ``x_C`` and of ``values_K`` through ``add_products``, the second summed over all samples."""
+        if self.as_block:
+            grad_R = grad_y.index_select(-1, self.rows)
+            grad_block = grad_R.reshape(-1, grad_R.shape[-1]).mT @ x_C.reshape(-1, x_C.shape[-1])
+            return grad_R @ self._block(values_K), grad_block[self.row_of, self.column_of]
+        rows_K = self.rows[self.row_of]
+        grad_C = torch.zeros_like(x_C)
+        # Summed over samples and tokens in fp32 at least.
+        grad_K = torch.empty_like(values_K, dtype=torch.promote_types(values_K.dtype, torch.float32))
+        for chunk in _chunks(values_K):
+            grad_rows = grad_y.index_select(-1, rows_K[chunk])
+            products = grad_rows * x_C.index_select(-1, self.column_of[chunk])
+            grad_K[chunk] = products.reshape(-1, products.shape[-1]).sum(dim=0, dtype=grad_K.dtype)
+            grad_C.index_add_(-1, self.column_of[chunk], grad_rows * values_K[chunk])
+        return grad_C, grad_K
+
+    def _block(self, values_K: Tensor) -> Tensor:
+        """V, ``(|R|, |C|)``."""
+        empty = values_K.new_zeros(len(self.rows), len(self.columns))
+        return empty.index_put_((self.row_of, self.column_of), values_K)
 
     def add_to_weight(self, weight: Tensor, sign: int = 1) -> None:
         """Add the values, times ``sign``, to a float64 copy of the weight, in place."""
         weight[self.rows[self.row_of], self.columns[self.column_of]] += sign * self.values.double()
 
 
-class _AddBlock(torch.autograd.Function):
-    """``y[..., R] += x[..., C] V^T`` in place. (torch's own ``index_add_`` would keep what it adds.)"""
+class _SparseLinear(torch.autograd.Function):
+    """Product with the frozen weight and update in one, so that both add to one gradient of ``x``."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        y: Tensor,
         x: Tensor,
-        block_RC: Tensor,
-        rows_R: Tensor,
-        columns_C: Tensor,
-        hidden: Tensor | None,
-        activation: nn.Module | None,
-    ) -> Tensor:
-        ctx.activation, ctx.in_features, ctx.dtypes = activation, x.shape[-1], (x.dtype, block_RC.dtype)
-        x_C, block_RC = x.index_select(-1, columns_C).to(y.dtype), block_RC.to(y.dtype)
-        ctx.save_for_backward(block_RC, rows_R, columns_C, x_C if hidden is None else hidden)
-        y.index_add_(-1, rows_R, x_C @ block_RC.mT)
-        ctx.mark_dirty(y)
-        return y
-
-    @staticmethod
-    @once_differentiable  # what is kept of x has no history, so second derivatives would lack a part
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        block_RC, rows_R, columns_C, kept = ctx.saved_tensors
-        x_dtype, block_dtype = ctx.dtypes
-        grad_R = grad_y.index_select(-1, rows_R)
-        x_C = _recall(kept, columns_C, ctx.activation, grad_y.dtype)
-        grad_block = grad_R.reshape(-1, grad_R.shape[-1]).mT @ x_C.reshape(-1, x_C.shape[-1])
-        grad_x = _scatter(grad_R @ block_RC, columns_C, ctx.in_features)
-        return grad_y, grad_x.to(x_dtype), grad_block.to(block_dtype), None, None, None, None
-
-
-class _AddProducts(torch.autograd.Function):
-    """``y[..., row_k] += x[..., column_k] v_k`` for every chosen weight k, in place."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
         values_K: Tensor,
-        row_K: Tensor,
-        column_of_K: Tensor,
-        columns_C: Tensor,
+        delta: SparseDelta,
         hidden: Tensor | None,
         activation: nn.Module | None,
     ) -> Tensor:
-        ctx.activation, ctx.in_features, ctx.dtypes = activation, x.shape[-1], (x.dtype, values_K.dtype)
-        x_C, values_K = x.index_select(-1, columns_C).to(y.dtype), values_K.to(y.dtype)
-        ctx.save_for_backward(values_K, row_K, column_of_K, columns_C, x_C if hidden is None else hidden)
-        for chunk in _chunks(values_K):
-            y.index_add_(-1, row_K[chunk], x_C.index_select(-1, column_of_K[chunk]) * values_K[chunk])
-        ctx.mark_dirty(y)
-        return y
+        ctx.delta, ctx.activation, ctx.dtype = delta, activation, x.dtype
+        y = F.linear(x, weight, bias)
+        x_C = x.index_select(-1, delta.columns).to(y.dtype)
+        ctx.save_for_backward(weight, bias, values_K, x_C if hidden is None else hidden)
+        return delta.add_products(y, x_C, values_K.to(y.dtype))
 
     @staticmethod
     @once_differentiable  # what is kept of x has no history, so second derivatives would lack a part
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        values_K, row_K, column_of_K, columns_C, kept = ctx.saved_tensors
-        x_C = _recall(kept, columns_C, ctx.activation, grad_y.dtype)
-        grad_C = torch.zeros_like(x_C)
-        # Summed over samples and tokens in fp32 at least.
-        grad_K = torch.empty_like(values_K, dtype=torch.promote_types(values_K.dtype, torch.float32))
-        for chunk in _chunks(values_K):
-            grad_rows = grad_y.index_select(-1, row_K[chunk])
-            products = grad_rows * x_C.index_select(-1, column_of_K[chunk])
-            grad_K[chunk] = products.reshape(-1, products.shape[-1]).sum(dim=0, dtype=grad_K.dtype)
-            grad_C.index_add_(-1, column_of_K[chunk], grad_rows * values_K[chunk])
-        grad_x = _scatter(grad_C, columns_C, ctx.in_features)
-        x_dtype, values_dtype = ctx.dtypes
-        return grad_y, grad_x.to(x_dtype), grad_K.to(values_dtype), None, None, None, None, None
-
-
-def _recall(kept: Tensor, columns_C: Tensor, activation: nn.Module | None, dtype: torch.dtype) -> Tensor:
-    """The chosen columns of a layer's input, from themselves or from what the input was computed from."""
-    return kept if activation is None else activation(kept.index_select(-1, columns_C)).to(dtype)
-
-
-def _scatter(values_C: Tensor, columns_C: Tensor, num_columns: int) -> Tensor:
-    """``(..., C)`` values at their columns of ``(..., num_columns)`` zeros."""
-    return values_C.new_zeros(*values_C.shape[:-1], num_columns).index_copy_(-1, columns_C, values_C)
+        weight, bias, values_K, kept = ctx.saved_tensors
+        delta, dtype = ctx.delta, grad_y.dtype
+        x_C = kept if ctx.activation is None else ctx.activation(kept.index_select(-1, delta.columns)).to(dtype)
+        grad_C, grad_K = delta.gradients(grad_y, x_C, values_K.to(dtype))
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_y @ weight.to(dtype)).index_add_(-1, delta.columns, grad_C).to(ctx.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(dim=0, dtype=bias.dtype)
+        return grad_x, None, grad_bias, grad_K.to(values_K.dtype), None, None, None
 
 
 def _chunks(values_K: Tensor) -> list[slice]:
