@@ -55,7 +55,7 @@ def find_kind(name: str) -> StructuredKind:
     if name not in KINDS:
         raise UserError(
             f"structured={name!r}: no such kind of module; choose one of {', '.join(KINDS)}, or import the file that "
-            "registers it first (custom_imports in a config)"
+            "registers it first (custom_imports in a config, --import of launch/report.py)"
         )
     return KINDS[name]
 

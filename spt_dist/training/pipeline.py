@@ -103,7 +103,7 @@ def score(config: RunConfig, model: nn.Module, task: Task) -> Scores:
     """
     wanted = config.sensitivity
     if wanted.scores is not None:
-        return Scores.load(wanted.scores)
+        return load_scores(wanted.scores, model)
     sample_ids = choose_samples(config, task.num_train)
     rank = dist.get_rank()
     same_batches = wanted.criterion == "batch"
@@ -136,6 +136,25 @@ def score(config: RunConfig, model: nn.Module, task: Task) -> Scores:
             raise UserError(f"{error.where}, for training sample {sample}") from error
 
 
+def load_scores(folder: str, model: nn.Module) -> Scores:
+    """Saved scores of ``model``. Collective.
+
+    Raises:
+        UserError: as ``Scores.load``; or they are another model's.
+    """
+    scores = Scores.load(folder)
+    inventory = take_inventory(model)
+    parameters = inventory.by_name()
+    for name, shape in zip(scores.names, scores.shard.index.shapes, strict=True):
+        own = parameters.get(name)
+        if own is None or own.shape != shape or scores.info.backbone_size != inventory.backbone_size:
+            raise UserError(
+                f"sensitivity.scores={folder}: scores of another model, of {scores.info.backbone_size:,} weights and "
+                f"with {name} of shape {shape}; score this one, or give the config of the other"
+            )
+    return scores
+
+
 def choose_samples(config: RunConfig, num_train: int) -> list[int]:
     """Indices of the training samples that stage 1 scores, ascending.
 
@@ -156,19 +175,27 @@ def make_run_plan(config: RunConfig, model: nn.Module, task: Task) -> tuple[Plan
     options = method_options(config)
     if config.method["type"] != "spt":
         return make_plan(config.method["type"], model, **options), None
+    check_request(model, AllocationRequest(**options))
+    scores = score(config, model, task)
+    return allocate(scores, **options), scores
+
+
+def check_request(model: nn.Module, request: AllocationRequest) -> None:
+    """Refuse what ``allocate`` and ``inject`` would refuse after the scoring pass.
+
+    Raises:
+        UserError: as ``AllocationRequest.resolve``; the preset "released" does not know the model's names; or its
+            blocks take no prompts.
+    """
     inventory = take_inventory(model)
     reserved = sum(model.get_parameter(name).numel() for name in inventory.always_tuned)
-    request = AllocationRequest(**options)
     request.resolve(inventory.backbone_size, reserved)
     matrices = [parameter.name for parameter in inventory.parameters if parameter.is_matrix]
     if request.preset == "released":
         matrix_names(eligible_names(inventory.by_name()), matrices)
     if request.structured is not None and find_kind(request.structured).takes_block:
-        for block in dict.fromkeys(map(block_of, matrices)):
-            if block is not None:
-                check_block(model, block)
-    scores = score(config, model, task)
-    return allocate(scores, **options), scores
+        for block in dict.fromkeys(filter(None, map(block_of, matrices))):
+            check_block(model, block)
 
 
 def run_training(config: RunConfig, config_path: str, resume: str | None = None) -> RunResult:

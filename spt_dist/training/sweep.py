@@ -6,18 +6,13 @@ from pathlib import Path
 from torch import nn
 
 from spt_dist.allocation.allocate import allocate
-from spt_dist.allocation.costs import block_of
-from spt_dist.allocation.kinds import find_kind
 from spt_dist.allocation.plan import Plan
-from spt_dist.allocation.released import eligible_names, matrix_names
 from spt_dist.allocation.request import AllocationRequest
 from spt_dist.config import RunConfig
 from spt_dist.errors import UserError
-from spt_dist.models.matrices import take_inventory
 from spt_dist.sensitivity.scores import Scores
 from spt_dist.sensitivity.shards import get_rank
-from spt_dist.training.pipeline import method_options
-from spt_dist.tuning.prompts import check_block
+from spt_dist.training.pipeline import check_request, method_options
 
 
 def parse_budgets(texts: Sequence[str]) -> dict[str, int | float]:
@@ -61,7 +56,7 @@ def check_sweep(config: RunConfig, model: nn.Module, budgets: Mapping[str, int |
             "method.type='spt'"
         )
     for budget in budgets.values():
-        _check_request(model, _request(config, budget))
+        check_request(model, _request(config, budget))
 
 
 def allocate_budgets(scores: Scores, config: RunConfig, budgets: Mapping[str, int | float]) -> dict[str, Plan]:
@@ -92,14 +87,3 @@ def save_plans(plans: Mapping[str, Plan], folder: str | Path) -> dict[str, Path]
 
 def _request(config: RunConfig, budget: int | float) -> AllocationRequest:
     return AllocationRequest(**method_options(config) | {"budget": budget, "tau": None})
-
-
-def _check_request(model: nn.Module, request: AllocationRequest) -> None:
-    inventory = take_inventory(model)
-    request.resolve(inventory.backbone_size, sum(model.get_parameter(name).numel() for name in inventory.always_tuned))
-    matrices = [parameter.name for parameter in inventory.parameters if parameter.is_matrix]
-    if request.preset == "released":
-        matrix_names(eligible_names(inventory.by_name()), matrices)
-    if request.structured is not None and find_kind(request.structured).takes_block:
-        for block in dict.fromkeys(filter(None, map(block_of, matrices))):
-            check_block(model, block)

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from spt_dist import UserError
+from spt_dist import UserError, estimate_sensitivity
 from spt_dist.config import load_config
 from spt_dist.data.tasks import build_task
-from spt_dist.training.pipeline import build_model, choose_samples, make_run_plan, score
+from spt_dist.training.pipeline import build_model, choose_samples, load_scores, make_run_plan, score
 from tests.launch.runs import NUM_TRAIN, write_config
-from tests.models_for_tests import pick
+from tests.models_for_tests import make_samples, make_vit, pick
 from tests.ranks import run_ranks
 from tests.sensitivity.oracle import relative_error
 
@@ -127,6 +127,17 @@ def test_names_that_the_released_preset_does_not_know_are_refused_before_the_pas
     # Without a process group the pass itself would fail in another way.
     with pytest.raises(UserError, match=r"has no rule for blocks\.0\.ls1\.gamma"):
         make_run_plan(config, build_model(config), task)
+
+
+def test_saved_scores_of_another_model_are_refused(tmp_path: Path) -> None:
+    """By names and shapes, and by the size where all that was scored is there."""
+    model, other = make_vit(), make_vit(depth=3)
+    images, labels = make_samples(4)
+    estimate_sensitivity(model, [(images, labels)], F.cross_entropy).save(tmp_path)
+    assert load_scores(str(tmp_path), make_vit()).names
+    for wrong in (other, make_vit(embed_dim=32)):
+        with pytest.raises(UserError, match=r"scores of another model, of [\d,]+ weights and with \w+ of shape"):
+            load_scores(str(tmp_path), wrong)
 
 
 def score_broken_on_ranks(path: str) -> str:
