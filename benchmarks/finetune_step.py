@@ -1,4 +1,4 @@
-"""A training step of SPT beside plain LoRA and others: time, memory, bytes kept for the backward pass, size of the file.
+"""A training step of SPT beside plain LoRA and others: time, memory, bytes kept for the backward pass, size of a task.
 
 Every method runs in a process of its own, in turn, several times. The plans are allocations that SPT's authors
 published for a ViT-B/16 (--allocations DIR with lora/TASK.pth and adapter/TASK.pth, files of github.com/ziplab/SPT), or

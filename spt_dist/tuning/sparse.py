@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from spt_dist.tuning.recompute import Activated
 
 # V is used as long as it has at most so many elements for each chosen weight (benchmarks/sparse.py).
-BLOCK_LIMIT = 150
+BLOCK_LIMIT = 75
 # Weights multiplied at a time, so that what is gathered for them stays small.
 CHUNK_SIZE = 256
 
