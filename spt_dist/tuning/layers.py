@@ -69,16 +69,15 @@ class TunedLinear(nn.Linear):
             is_whole = rows.stop - rows.start == self.out_features
             assert isinstance(module, StructuredModule)
             if module.reads_output:
-                z = self.dropout(y if is_whole else y[..., rows])
                 # What is kept for the backward pass must not be a view of what changes below.
-                update = module(z.clone() if z._is_view() else z)
+                update = module(self.dropout(y if is_whole else y[..., rows].clone()))
             elif isinstance(module, LowRank):
                 update = module(inputs, source)
             else:
                 update = module(inputs)
-            update = self.drop_path(update.view(*leading, -1)).view(update.shape).to(y.dtype)
+            update = self.drop_path(update.view(*leading, update.shape[-1])).view(update.shape).to(y.dtype)
             if not is_whole:
-                y = _AddRows.apply(y, update, rows)
+                y = _add_rows(y, update, rows)
             else:
                 y = y + update if module.reads_output else y.add_(update)
         return y
@@ -114,6 +113,15 @@ class TunedLinear(nn.Linear):
             bias = bias if self.bias_delta is None else self.bias_delta(bias, sign)
             plain.bias = nn.Parameter(bias.to(self.bias.dtype))
         return plain.train(self.training)
+
+
+def _add_rows(y: Tensor, update: Tensor, rows: slice) -> Tensor:
+    """``y[..., rows] += update`` in place."""
+    if torch.compiler.is_compiling():
+        y[..., rows] += update
+        return y
+    added: Tensor = _AddRows.apply(y, update, rows)
+    return added
 
 
 class _AddRows(torch.autograd.Function):

@@ -23,6 +23,7 @@ from tests.ranks import run_ranks
 from tests.tuning.plans_for_tests import random_plan
 
 CPU = torch.device("cpu")
+KINDS = ("adapter", "lora", "prompt")
 SETTINGS = OptimizerSettings(lr=1e-2, weight_decay=0.1, clip_norm=0.5)
 # 22 samples in batches of 8: the last batch of an epoch divides neither by 4 ranks nor by 8.
 TRAIN = TrainConfig(epochs=3, batch_size=8, lr=1e-2, weight_decay=0.1, clip_norm=0.5, checkpoint_interval=1)
@@ -39,7 +40,7 @@ def make_engine(config: EngineConfig, model_seed: int = 0) -> Engine:
     """An engine around a tuned model whose trained parameters do not depend on anything else drawn."""
     model = make_vit()
     torch.manual_seed(model_seed)
-    return build_engine(config, inject(model, random_plan(model, 3)), SETTINGS, CPU)
+    return build_engine(config, inject(model, random_plan(model, 3, KINDS)), SETTINGS, CPU)
 
 
 def train(config: EngineConfig, folder: str) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def plain_loop() -> tuple[list[float], dict[str, Tensor]]:
     """The same training written down without any of our training code: whole batches, mean loss, torch's AdamW."""
     model = make_vit()
     torch.manual_seed(0)
-    model = inject(model, random_plan(model, 3))
+    model = inject(model, random_plan(model, 3, KINDS))
     images, labels = make_samples(22)
     named = dict(trainable_parameters(model))
     matrices = [parameter for parameter in named.values() if parameter.ndim == 2]

@@ -66,18 +66,20 @@ def random_plan(
     on_matrices = [kind for kind in kinds if kind != "prompt"]
     for parameter in inventory.parameters:
         how = int(torch.randint(3, (), generator=generator))
-        # k's bias has no gradient: Adam would blow rounding noise up to whole steps.
+        # Biases of k, an adapter's too, have no gradient: Adam would blow rounding noise up to whole steps.
         if how == 0 or parameter.name.endswith("attn.k.bias") or parameter.name in inventory.always_tuned:
             continue
-        plan.shapes[parameter.name] = parameter.shape
         if how == 1 and parameter.is_matrix and on_matrices:
-            plan.matrices[parameter.name] = on_matrices[seed % len(on_matrices)]
-            seed += 1
+            kind = on_matrices[len(plan.matrices) % len(on_matrices)]
+            if kind == "adapter" and parameter.name.endswith("attn.k.weight"):
+                continue
+            plan.matrices[parameter.name] = kind
         elif how == 1:
             plan.vectors.append(parameter.name)
         else:
             count = int(torch.randint(1, parameter.numel + 1, (), generator=generator))
             plan.sparse[parameter.name] = torch.randperm(parameter.numel, generator=generator)[:count].sort().values
+        plan.shapes[parameter.name] = parameter.shape
     if "prompt" in kinds:
         for block in range(seed % 2, 2, 2):
             plan.matrices[f"blocks.{block}"] = "prompt"

@@ -94,6 +94,22 @@ def test_backbones_of_other_dtypes_train_without_autocast(dtype: torch.dtype) ->
     assert all(parameter.grad is not None for _, parameter in trainable_parameters(tuned))
 
 
+def test_compiled_as_one_graph() -> None:
+    """Nothing in tuned layers breaks the graph, and gradients are those of the plain run."""
+    tuned, (images, labels) = (
+        inject(make_vit(), random_plan(make_vit(), 3, ("adapter", "lora", "prompt"))),
+        make_samples(3),
+    )
+    disturb(tuned)
+    F.cross_entropy(tuned(images), labels).backward()
+    wanted = {name: parameter.grad for name, parameter in trainable_parameters(tuned)}
+    tuned.zero_grad()
+    compiled = torch.compile(tuned, backend="aot_eager", fullgraph=True)
+    F.cross_entropy(compiled(images), labels).backward()
+    for name, parameter in trainable_parameters(tuned):
+        assert torch.allclose(parameter.grad, wanted[name], rtol=1e-4, atol=1e-6), name
+
+
 def test_autocast_trains() -> None:
     model, (images, labels) = make_vit(), make_samples(3)
     tuned = inject(model, random_plan(model, 5))
