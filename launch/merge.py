@@ -1,9 +1,10 @@
 """Fold a task file into its backbone: a plain timm checkpoint at no extra inference cost."""
 
 from _cli import add_config_options, describe, make_parser, read_config, run
-from spt_dist import load_delta, merge
+from spt_dist import UserError, load_delta, merge
 from spt_dist.files import save_tensors
 from spt_dist.training.pipeline import build_model
+from spt_dist.tuning.inject import is_tuned
 
 EXAMPLE = (
     "python launch/merge.py work_dirs/digits_spt_lora/task.safetensors "
@@ -19,6 +20,10 @@ def main() -> None:
     arguments = parser.parse_args()
     config = read_config(arguments)
     merged = merge(load_delta(build_model(config), arguments.task))
+    if is_tuned(merged):
+        raise UserError(
+            f"{arguments.task}: not all of it can be merged into a plain checkpoint; go on with the task file"
+        )
     path = save_tensors(arguments.out, merged.state_dict(), {"kind": "merged", "model": config.model.name})
     describe({"merged checkpoint": path, "parameters": f"{sum(p.numel() for p in merged.parameters()):,}"})
 

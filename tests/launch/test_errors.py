@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from spt_dist import Plan, inject, save_delta
 from spt_dist.files import save_tensors
 from spt_dist.models.classifier import build_classifier
 from tests.launch.processes import Launch, ScriptResult, run_all, run_script, snapshot
@@ -88,6 +89,27 @@ MISTAKES = {
         "merge.py {here}/task.safetensors --config {here}/tiny.py --out {here}/merged.safetensors",
         r"task\.safetensors: not a readable safetensors file",
     ),
+    "merge adapters": Mistake(
+        "merge.py {here}/adapter.safetensors --config {here}/tiny.py --out {here}/merged.safetensors",
+        r"adapter\.safetensors: not all of it can be merged into a plain checkpoint",
+    ),
+    "scores of another model": Mistake(
+        TRAIN + OPTIONS + "sensitivity.scores={here}/run/scores model.kwargs.depth=3 model.checkpoint=None",
+        r"sensitivity\.scores=.*run/scores: scores of another model",
+    ),
+    "plan of another model": Mistake(
+        TRAIN + OPTIONS + "method._delete_=True method.type=plan method.path={here}/run/plan.safetensors "
+        "model.kwargs.embed_dim=64 model.checkpoint=None",
+        r"plan: \S+ has shape \(.*\), this model's has \(.*\)",
+    ),
+    "unknown kind of module": Mistake(
+        TRAIN + OPTIONS + "method.structured=scale", r"structured='scale': no such kind of module; choose one of lora"
+    ),
+    "prompts on windows": Mistake(
+        TRAIN + OPTIONS + "method.structured=prompt model.name=swin_tiny_patch4_window7_224 model.checkpoint=None "
+        "model.kwargs._delete_=True model.kwargs.img_size=16 model.kwargs.window_size=2",
+        r"prompts for layers\.0\.blocks\.0, which is a SwinTransformerBlock",
+    ),
     "evaluate other architecture": Mistake(
         "evaluate.py {here}/tiny.py --merged {here}/deeper.safetensors",
         r"deeper\.safetensors: does not fit this model \(.*blocks\.2",
@@ -110,6 +132,13 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     truncate(here / "run" / "task.safetensors", here / "task.safetensors")
     shutil.copytree(here / "run", here / "broken")
     truncate(checkpoint, here / "broken" / "checkpoints" / checkpoint.name)
+    adapter = build_classifier(MODEL_NAME, 10, MODEL_KWARGS, str(backbone))
+    plan = Plan(
+        matrices={"blocks.0.attn.v.weight": "adapter"},
+        shapes={"blocks.0.attn.v.weight": (32, 32)},
+        head=["head.weight", "head.bias"],
+    )
+    save_delta(inject(adapter, plan), here / "adapter.safetensors")
     deeper = build_classifier(MODEL_NAME, 10, MODEL_KWARGS | {"depth": 3})
     save_tensors(here / "deeper.safetensors", deeper.state_dict(), {"kind": "merged", "model": MODEL_NAME})
     return here
