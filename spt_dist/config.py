@@ -83,7 +83,7 @@ class TrainConfig:
         min_lr: learning rate at the end of the cosine.
         warmup_epochs: linear warm-up from ``warmup_lr``.
         warmup_lr: learning rate of the first step.
-        weight_decay: on matrices; vectors, single weights and tokens are never decayed.
+        weight_decay: on matrices and prompts; vectors, single weights and ``cls_token`` are never decayed.
         clip_norm: largest norm of the gradient; ``None`` for no clipping.
         eval_interval: epochs between two evaluations; the last epoch is always evaluated.
         checkpoint_interval: epochs between two checkpoints.

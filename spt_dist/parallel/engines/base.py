@@ -18,7 +18,7 @@ class OptimizerSettings:
 
     Attributes:
         lr: learning rate until ``Engine.set_lr`` is called.
-        weight_decay: on matrices only.
+        weight_decay: on matrices and prompts only.
         clip_norm: largest gradient norm, ``None`` for no clipping.
     """
 
@@ -73,7 +73,7 @@ class Engine(ABC):
 
 
 def build_adamw(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters: matrices with weight decay; vectors, single weights and tokens without.
+    """AdamW over the trainable parameters: matrices and prompts with weight decay; all else without.
 
     Raises:
         ValueError: from torch, if the model has no trainable parameter.
