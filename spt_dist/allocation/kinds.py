@@ -1,6 +1,6 @@
 """Kinds of structured modules: what they are put on, what they cost, and how they are set up.
 
-The modules themselves are in ``tuning``; ``tuning.structured.register_structured`` adds a kind from outside.
+The modules themselves are in ``tuning``; ``tuning.registry.register_structured`` adds a kind from outside.
 """
 
 from collections.abc import Callable
@@ -74,7 +74,7 @@ class ModuleOptions:
             all matrices and prompts are drawn from N(0, 0.02), cut off at two; biases start at zero.
         dropout: on what a module reads, in training.
         drop_path: share of samples for which a module is left out, in training.
-        parallel: operations, by the last part of their logical module name, whose modules read the layer's input,
+        parallel: layers, by the last part of their name in the model ("proj"), whose modules read the layer's input,
             without dropout, also if those of their kind read its output elsewhere.
     """
 

@@ -145,9 +145,9 @@ def _takes_block(kind: str) -> bool:
 
 def _make_prompts(model: nn.Module, name: str, plan: Plan) -> nn.Module:
     block = check_block(model, name)
-    wanted, weight = plan.shapes[name], next(block.parameters())
-    if wanted != tuple(weight.shape[:1]):
-        raise UserError(f"plan: prompts for {name} have width {wanted}, this model's blocks {tuple(weight.shape[:1])}")
+    wanted, weight = plan.shapes[name], block.get_parameter("norm1.weight")
+    if wanted != tuple(weight.shape):
+        raise UserError(f"plan: prompts for {name} have width {wanted}, this model's blocks {tuple(weight.shape)}")
     options = plan.modules
     return Prompts(plan.rank, wanted[0], options.init, options.dropout, weight.device).train(block.training)
 
@@ -193,8 +193,7 @@ def _check_own_parameters(model: nn.Module, plan: Plan) -> None:
 
 def _tune_linear(linear: nn.Linear, parameters: list[LogicalParameter], plan: Plan) -> TunedLinear:
     options, device = plan.modules, linear.weight.device
-    operation = parameters[0].name.split(".")[-2]
-    is_parallel = operation in options.parallel
+    is_parallel = own_name_of(parameters[0].module) in options.parallel
     tuned = TunedLinear(linear, 0.0 if is_parallel else options.dropout, options.drop_path)
     weights: list[Tensor] = []
     biases: list[Tensor] = []

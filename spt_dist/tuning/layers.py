@@ -60,34 +60,36 @@ class TunedLinear(nn.Linear):
         return self._add_structured(y, x, x.shape[:-1]) if self.structured else y
 
     def _add_structured(self, y: Tensor, x: Tensor, leading: torch.Size, source: Activated | None = None) -> Tensor:
-        """``leading``: axes of the layer's input, of which drop-path needs the first, the samples."""
-        # Drawn once, so that q, k and v share it, as in the published code.
-        inputs = self.dropout(x)
-        source = source if inputs is x else None
+        """``leading``: axes of the layer's input, which modules see, and of which drop-path needs the first."""
+        inputs, known = x, source
+        if any(not module.reads_output for module in self.structured.values()):
+            # Drawn once, so that q, k and v share it, as in the published code.
+            inputs = self.dropout(x)
+            known = source if inputs is x else None
         for key, module in self.structured.items():
             rows = self.row_ranges[key]
             is_whole = rows.stop - rows.start == self.out_features
-            assert isinstance(module, StructuredModule)
             if module.reads_output:
                 # What is kept for the backward pass must not be a view of what changes below.
-                update = module(self.dropout(y if is_whole else y[..., rows].clone()))
+                z = self.dropout(y if is_whole else y[..., rows].clone())
+                update = module(_with_axes(z, leading))
             elif isinstance(module, LowRank):
-                update = module(inputs, source)
+                update = module(inputs, known)
             else:
-                update = module(inputs)
-            update = self.drop_path(update.view(*leading, update.shape[-1])).view(update.shape).to(y.dtype)
-            if not is_whole:
-                y = _add_rows(y, update, rows)
+                update = module(_with_axes(inputs, leading))
+            update = self.drop_path(_with_axes(update, leading)).to(y.dtype)
+            update = _with_axes(update, y.shape[:-1])
+            if is_whole and module.reads_output:
+                y = y + update  # the module has kept y
             else:
-                y = y + update if module.reads_output else y.add_(update)
+                y = y.add_(update) if is_whole else _add_rows(y, update, rows)
         return y
 
     def without_merged(self, plain: nn.Linear) -> "TunedLinear":
         """``plain``, from ``to_plain``, with the structured modules whose updates it could not take."""
         rest = TunedLinear(plain, self.dropout.p, getattr(self.drop_path, "drop_prob", 0.0))
         for key, module in self.structured.items():
-            assert isinstance(module, StructuredModule)
-            if module.delta() is None:
+            if isinstance(module, StructuredModule) and not module.can_merge():
                 rest.add_structured(key, self.row_ranges[key], module)
         return rest
 
@@ -100,10 +102,8 @@ class TunedLinear(nn.Linear):
         """
         weight = self.weight.detach().double()
         for key, module in self.structured.items():
-            assert isinstance(module, StructuredModule)
-            delta = module.delta()
-            if delta is not None:
-                weight[self.row_ranges[key]] += sign * delta
+            if isinstance(module, StructuredModule) and module.can_merge():
+                weight[self.row_ranges[key]] += sign * module.delta()
         if self.sparse is not None:
             self.sparse.add_to_weight(weight, sign)
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
@@ -113,6 +113,10 @@ class TunedLinear(nn.Linear):
             bias = bias if self.bias_delta is None else self.bias_delta(bias, sign)
             plain.bias = nn.Parameter(bias.to(self.bias.dtype))
         return plain.train(self.training)
+
+
+def _with_axes(tensor: Tensor, leading: torch.Size) -> Tensor:
+    return tensor.view(*leading, tensor.shape[-1])
 
 
 def _add_rows(y: Tensor, update: Tensor, rows: slice) -> Tensor:

@@ -49,8 +49,8 @@ def merge(tuned: nn.Module) -> nn.Module:
     if not left:
         return merged
     logger.warning(
-        "merge: %d modules stay beside the merged weights (%s): they are not linear in the layer's input, so no weight "
-        "can stand for them; the model keeps their cost",
+        "merge: %d modules stay beside the merged weights (%s): what they compute is no update of a weight, so the "
+        "model keeps them and their cost",
         len(left),
         ", ".join(sorted(set(left.values()))),
     )

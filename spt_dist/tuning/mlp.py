@@ -16,8 +16,9 @@ class TunedMlp(Mlp):
         hidden = self.fc1(x)
         activated = self.act(hidden)
         inputs = self.norm(self.drop1(activated))
-        # Dropout and norm, where there is any, make another tensor of it. torch.compile decides itself what to keep.
-        known = inputs is activated and not torch.compiler.is_compiling()
+        # Dropout and norm, where there is any, make another tensor of it. GELU keeps its input only if that has a
+        # gradient. torch.compile decides itself what to keep.
+        known = inputs is activated and hidden.requires_grad and not torch.compiler.is_compiling()
         source = Activated(hidden, self.act) if known else None
         outputs: Tensor = self.drop2(self.fc2(inputs, source))
         return outputs

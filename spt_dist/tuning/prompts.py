@@ -57,8 +57,8 @@ class Prompts(nn.Module):
     def append(self, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """A block's inputs with ``(B, T, D)`` tokens made ``(B, T + P, D)``."""
         x_BTD = inputs[0]
-        tokens_PD = self.dropout(self.tokens).to(x_BTD.dtype)
-        return torch.cat([x_BTD, tokens_PD.expand(len(x_BTD), -1, -1)], dim=1), *inputs[1:]
+        tokens_BPD = self.dropout(self.tokens.expand(len(x_BTD), -1, -1))
+        return torch.cat([x_BTD, tokens_BPD.to(x_BTD.dtype)], dim=1), *inputs[1:]
 
     def cut(self, block: nn.Module, inputs: tuple[Any, ...], outputs_BTD: Tensor) -> Tensor:
         """A block's output tokens without the prompts."""

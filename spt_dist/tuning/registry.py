@@ -41,10 +41,11 @@ def register_structured(
     Raises:
         UserError: the name is taken.
     """
-    if name in KINDS:
-        raise UserError(f"register_structured: the name {name!r} is taken; choose another one")
 
     def register(cls: type[StructuredModule]) -> type[StructuredModule]:
+        # The same class may come again: a notebook's cell is run twice.
+        if name in KINDS and not _is_same_class(MODULES.get(name), cls):
+            raise UserError(f"register_structured: the name {name!r} is taken; choose another one")
         KINDS[name] = StructuredKind(cost)
         MODULES[name] = cls
         return cls
@@ -54,14 +55,14 @@ def register_structured(
 
 def is_mergeable(kind: str) -> bool:
     """Whether a weight can hold what modules of ``kind`` do."""
-    return kind in MODULES and MODULES[kind].delta is not StructuredModule.delta
+    return kind in MODULES and MODULES[kind].can_merge()
 
 
 def make_module(kind: str, spec: ModuleSpec) -> StructuredModule:
     """A module of ``kind``; its parameters are those that its cost says.
 
     Raises:
-        UserError: its class has another number of parameters.
+        UserError: its class has another number of parameters, or buffers that task files would have to hold.
     """
     module = MODULES[kind](spec)
     wanted = KINDS[kind].cost((spec.out_features, spec.in_features), spec.rank)
@@ -71,4 +72,14 @@ def make_module(kind: str, spec: ModuleSpec) -> StructuredModule:
             f"structured={kind!r}: a {type(module).__name__} for {spec.out_features} x {spec.in_features} weights has "
             f"{found:,} parameters, but its cost was registered as {wanted:,}; make them agree"
         )
+    buffers = module.state_dict().keys() - dict(module.named_parameters()).keys()
+    if buffers:
+        raise UserError(
+            f"structured={kind!r}: a {type(module).__name__} keeps buffers ({min(buffers)}), which task files don't "
+            "hold; make them parameters, or not persistent and the same for every module of equal spec"
+        )
     return module
+
+
+def _is_same_class(one: type | None, other: type) -> bool:
+    return one is not None and (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)

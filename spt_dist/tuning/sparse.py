@@ -123,7 +123,11 @@ class _SparseLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         weight, bias, values_K, kept = ctx.saved_tensors
         delta, dtype = ctx.delta, grad_y.dtype
-        x_C = kept if ctx.activation is None else ctx.activation(kept.index_select(-1, delta.columns)).to(dtype)
+        x_C = kept
+        if ctx.activation is not None:
+            # The MLP's own axes, while the layer's input comes with two.
+            chosen = kept.index_select(-1, delta.columns)
+            x_C = ctx.activation(chosen).reshape(-1, len(delta.columns)).to(dtype)
         grad_C, grad_K = delta.gradients(grad_y, x_C, values_K.to(dtype))
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:

@@ -32,6 +32,9 @@ class ModuleSpec:
 class StructuredModule(nn.Module):
     """Computes what is added to the output of a Linear layer (to the rows of one weight matrix in it).
 
+    Task files hold its parameters; it can't have buffers of its own, but for some that are not persistent and follow
+    from the spec.
+
     Attributes:
         reads_output: whether it is given the layer's output ``(..., O)`` instead of its input ``(..., I)``.
     """
@@ -42,6 +45,11 @@ class StructuredModule(nn.Module):
         """``(..., I)``, or ``(..., O)`` if ``reads_output``, to the update ``(..., O)`` in the dtype of ``inputs``."""
         raise NotImplementedError
 
-    def delta(self) -> Tensor | None:
-        """The same as an update of the weight, ``(O, I)`` float64; ``None`` if it is not linear in the input."""
-        return None
+    def delta(self) -> Tensor:
+        """The same as an update of the weight, ``(O, I)`` float64, if that is possible; then it can be merged."""
+        raise NotImplementedError
+
+    @classmethod
+    def can_merge(cls) -> bool:
+        """Whether a weight can hold what such modules do: whether ``delta`` has been given."""
+        return cls.delta is not StructuredModule.delta
