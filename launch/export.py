@@ -3,8 +3,8 @@
 from _cli import add_config_options, describe, make_parser, read_config, run
 from spt_dist import Plan, load_delta, merge
 from spt_dist.training.pipeline import build_model
-from spt_dist.tuning.hub import save_pretrained
-from spt_dist.tuning.peft_format import save_peft
+from spt_dist.tuning.export.hub import save_pretrained
+from spt_dist.tuning.export.peft import save_peft
 
 EXAMPLE = (
     "python launch/export.py work_dirs/digits_spt_lora/task.safetensors "

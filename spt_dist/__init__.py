@@ -10,10 +10,10 @@ from spt_dist.errors import UserError  # noqa: E402
 from spt_dist.sensitivity.estimator import estimate_sensitivity  # noqa: E402
 from spt_dist.sensitivity.scores import Scores  # noqa: E402
 from spt_dist.tuning.delta import load_delta, save_delta  # noqa: E402
-from spt_dist.tuning.hub import save_pretrained  # noqa: E402
+from spt_dist.tuning.export.hub import save_pretrained  # noqa: E402
+from spt_dist.tuning.export.peft import load_peft, save_peft  # noqa: E402
 from spt_dist.tuning.inject import inject, print_trainable_parameters, trainable_parameters  # noqa: E402
 from spt_dist.tuning.merge import merge, unmerge  # noqa: E402
-from spt_dist.tuning.peft_format import load_peft, save_peft  # noqa: E402
 from spt_dist.tuning.registry import register_structured  # noqa: E402
 from spt_dist.tuning.structured import ModuleSpec, StructuredModule  # noqa: E402
 

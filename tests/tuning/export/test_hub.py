@@ -17,9 +17,9 @@ from torch import nn
 
 from spt_dist import UserError, inject, merge, trainable_parameters
 from spt_dist.models.checkpoints import load_merged
-from spt_dist.tuning import hub
-from spt_dist.tuning.hub import CONFIG_FILE, WEIGHTS_FILE, save_pretrained
-from spt_dist.tuning.peft_format import save_peft
+from spt_dist.tuning.export import hub
+from spt_dist.tuning.export.hub import CONFIG_FILE, WEIGHTS_FILE, save_pretrained
+from spt_dist.tuning.export.peft import save_peft
 from tests.models_for_tests import make_vit
 from tests.tuning.plans_for_tests import disturb, make_model, random_plan
 

@@ -22,9 +22,9 @@ from spt_dist.allocation.plan import Plan
 from spt_dist.errors import UserError
 from spt_dist.files import load_tensors, save_tensors, write_text
 from spt_dist.models.matrices import own_name_of, parent_of
-from spt_dist.tuning.cards import peft_card
 from spt_dist.tuning.delta import attach_delta, describe_delta, parse_delta
-from spt_dist.tuning.export_folder import EXPORT_KEY, open_folder
+from spt_dist.tuning.export.cards import peft_card
+from spt_dist.tuning.export.folder import EXPORT_KEY, open_folder
 from spt_dist.tuning.inject import is_tuned, trainable_parameters
 from spt_dist.tuning.layers import TunedLinear
 from spt_dist.tuning.lora import LowRank

@@ -8,8 +8,8 @@ from torch import nn
 from spt_dist.allocation.plan import Plan
 from spt_dist.errors import UserError
 from spt_dist.files import save_tensors, write_text
-from spt_dist.tuning.cards import merged_card
-from spt_dist.tuning.export_folder import EXPORT_KEY, open_folder
+from spt_dist.tuning.export.cards import merged_card
+from spt_dist.tuning.export.folder import EXPORT_KEY, open_folder
 from spt_dist.tuning.inject import is_tuned
 
 WEIGHTS_FILE = "model.safetensors"

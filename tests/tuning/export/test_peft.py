@@ -22,12 +22,12 @@ from torch.nn import functional as F
 
 from spt_dist import Plan, UserError, inject, trainable_parameters
 from spt_dist.files import load_tensors, save_tensors
-from spt_dist.tuning import peft_format
+from spt_dist.tuning.export import peft as peft_format
+from spt_dist.tuning.export.peft import ADAPTER_FILE, CONFIG_FILE, REST_FILE, load_peft, save_peft
 from spt_dist.tuning.methods import make_plan
-from spt_dist.tuning.peft_format import ADAPTER_FILE, CONFIG_FILE, REST_FILE, load_peft, save_peft
 from tests.models_for_tests import make_samples, make_vit
+from tests.tuning.export.test_hub import full_disk
 from tests.tuning.plans_for_tests import disturb, make_images, make_model, random_plan
-from tests.tuning.test_hub import full_disk
 
 # Asking the hub for a backbone's config would need a network; peft warns that it did not.
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")

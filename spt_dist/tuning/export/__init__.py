@@ -1,0 +1,1 @@
+"""Finished tasks in other libraries' formats: folders for PEFT and for timm."""
