@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from _record import record
 from spt_dist.models.matrices import take_inventory
 from spt_dist.tables import format_table
-from spt_dist.tuning.multitask import TaskBank
+from spt_dist.tuning.multitask.bank import TaskBank
 
 MODEL = "vit_base_patch16_224"
 BANK, TUNED, MERGED = "TaskBank", "a tuned model each", "a merged model each"
@@ -78,14 +78,14 @@ def write_task(backbone: nn.Module, plan: spt_dist.Plan, seed: int, path: Path) 
 
 
 def measure(runs: dict[str, dict[str, Callable[[], object]]], repeats: int) -> dict[tuple[str, str], float]:
-    """``(what, way)`` -> median of the seconds, the ways taking turns."""
-    found: dict[tuple[str, str], list[float]] = {}
-    for what, ways in runs.items():
-        for _ in range(repeats + 1):
-            for way, run in ways.items():
-                started = time.perf_counter()
-                run()
-                found.setdefault((what, way), []).append(time.perf_counter() - started)
+    """``(what, way)`` -> median of the seconds, all of them taking turns."""
+    flat = {(what, way): run for what, ways in runs.items() for way, run in ways.items()}
+    found: dict[tuple[str, str], list[float]] = {key: [] for key in flat}
+    for _ in range(repeats + 1):
+        for key, run in flat.items():
+            started = time.perf_counter()
+            run()
+            found[key].append(time.perf_counter() - started)
     return {key: statistics.median(values[1:]) for key, values in found.items()}
 
 

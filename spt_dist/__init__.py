@@ -14,6 +14,7 @@ from spt_dist.tuning.export.hub import save_pretrained  # noqa: E402
 from spt_dist.tuning.export.peft import load_peft, save_peft  # noqa: E402
 from spt_dist.tuning.inject import inject, print_trainable_parameters, trainable_parameters  # noqa: E402
 from spt_dist.tuning.merge import merge, unmerge  # noqa: E402
+from spt_dist.tuning.multitask.bank import TaskBank  # noqa: E402
 from spt_dist.tuning.registry import register_structured  # noqa: E402
 from spt_dist.tuning.structured import ModuleSpec, StructuredModule  # noqa: E402
 
@@ -23,6 +24,7 @@ __all__ = [
     "Plan",
     "Scores",
     "StructuredModule",
+    "TaskBank",
     "UserError",
     "allocate",
     "estimate_sensitivity",

@@ -1,6 +1,5 @@
 """Task files: what was trained, the plan, and which backbone it belongs to."""
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from spt_dist.allocation.plan import Plan
 from spt_dist.errors import UserError
 from spt_dist.files import load_tensors, save_tensors
 from spt_dist.models.fingerprint import fingerprint
+from spt_dist.models.twins import make_twin
 from spt_dist.sensitivity.shards import get_rank, world_size
 from spt_dist.tuning.inject import install, is_tuned, make_modules, trainable_parameters, trained_parameters
 
@@ -141,7 +141,7 @@ def load_delta(backbone: nn.Module, path: str | Path) -> nn.Module:
 def attach_delta(backbone: nn.Module, task: TaskFile) -> nn.Module:
     """As ``load_delta``, from a file in memory and on any backbone with the right names and shapes."""
     _check_fits(backbone, task)
-    _fit_head(backbone, task.plan, task.state)
+    fit_head(backbone, task.plan, task.state)
     modules = make_modules(backbone, task.plan)
     trained = trained_parameters(backbone, task.plan, modules)
     install(backbone, task.plan, modules)
@@ -158,15 +158,17 @@ def backbone_name(model: nn.Module) -> str:
 
 def _check_fits(backbone: nn.Module, task: TaskFile) -> None:
     """Refuse trained values that are not the model's by name and shape, before anything of it is changed."""
-    # A copy of the modules that has the same parameters, for the head to be replaced in.
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in [*backbone.parameters(), *backbone.buffers()]}
-    twin = copy.deepcopy(backbone, shared)
-    _fit_head(twin, task.plan, task.state)
-    _check_state(task.state, trained_parameters(twin, task.plan, make_modules(twin, task.plan)), task.path)
+    twin = make_twin(backbone)
+    fit_head(twin, task.plan, task.state)
+    check_state(task.state, trained_parameters(twin, task.plan, make_modules(twin, task.plan)), task.path)
 
 
-def _check_state(state: dict[str, Tensor], trained: dict[str, nn.Parameter], source: str | Path) -> None:
-    """Refuse trained values that are not the model's by name and shape."""
+def check_state(state: dict[str, Tensor], trained: dict[str, nn.Parameter], source: str | Path) -> None:
+    """Refuse trained values that are not the model's by name and shape.
+
+    Raises:
+        UserError: names the first that differs.
+    """
     if trained.keys() != state.keys():
         differing = sorted(trained.keys() ^ state.keys())
         raise UserError(f"{source}: its trained parameters differ from the model's (first: {differing[0]})")
@@ -175,7 +177,7 @@ def _check_state(state: dict[str, Tensor], trained: dict[str, nn.Parameter], sou
             raise UserError(f"{source}: {name} has shape {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
 
 
-def _fit_head(backbone: nn.Module, plan: Plan, state: dict[str, Tensor]) -> None:
+def fit_head(backbone: nn.Module, plan: Plan, state: dict[str, Tensor]) -> None:
     """Give the backbone a head with the task's number of classes, if it has another or none."""
     reset_classifier = getattr(backbone, "reset_classifier", None)
     wanted = [name for name in plan.head if name.endswith("weight") and name in state]

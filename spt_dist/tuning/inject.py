@@ -91,13 +91,7 @@ def install(model: nn.Module, plan: Plan, modules: dict[str, nn.Module]) -> nn.M
     in_place = [] if plan.num_in_place == plan.backbone_size else plan.parameters
     originals = {name: model.get_parameter(name).detach().clone() for name in in_place}
     model.requires_grad_(False)
-    for name, module in modules.items():
-        if isinstance(module, EntryDelta):
-            tune_entries(model.get_submodule(parent_of(name)), own_name_of(name), module)
-        elif isinstance(module, Prompts):
-            module.attach(model.get_submodule(name))
-        else:
-            replace_module(model, name, module)
+    place_modules(model, modules)
     spare_activations(model)
     for name in [*plan.parameters, *plan.head]:
         model.get_parameter(name).requires_grad_(True)
@@ -105,6 +99,17 @@ def install(model: nn.Module, plan: Plan, modules: dict[str, nn.Module]) -> nn.M
     model.spt_fingerprint = print_of_backbone  # type: ignore[assignment]
     model.spt_originals = originals  # type: ignore[assignment]
     return model
+
+
+def place_modules(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """Put what ``make_modules`` made into its places, in place."""
+    for name, module in modules.items():
+        if isinstance(module, EntryDelta):
+            tune_entries(model.get_submodule(parent_of(name)), own_name_of(name), module)
+        elif isinstance(module, Prompts):
+            module.attach(model.get_submodule(name))
+        else:
+            replace_module(model, name, module)
 
 
 def is_tuned(model: nn.Module) -> bool:
@@ -208,7 +213,7 @@ def _tune_linear(linear: nn.Linear, parameters: list[LogicalParameter], plan: Pl
         tuned.sparse = SparseDelta(torch.cat(weights), linear.in_features, device)
     if biases:
         tuned.bias_delta = EntryDelta(torch.cat(biases), device)
-    return tuned
+    return tuned.train(linear.training)
 
 
 def _positions(parameter: LogicalParameter, plan: Plan) -> Tensor:

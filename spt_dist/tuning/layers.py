@@ -33,7 +33,6 @@ class TunedLinear(nn.Linear):
         self.bias_delta: EntryDelta | None = None
         self.dropout = nn.Dropout(dropout)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-        self.train(linear.training)
 
     def add_structured(self, key: str, rows: slice, module: StructuredModule) -> None:
         """Update the outputs ``rows`` by ``module``, to be found under ``structured[key]``."""
@@ -87,7 +86,7 @@ class TunedLinear(nn.Linear):
 
     def without_merged(self, plain: nn.Linear) -> "TunedLinear":
         """``plain``, from ``to_plain``, with the structured modules whose updates it could not take."""
-        rest = TunedLinear(plain, self.dropout.p, getattr(self.drop_path, "drop_prob", 0.0))
+        rest = TunedLinear(plain, self.dropout.p, getattr(self.drop_path, "drop_prob", 0.0)).train(self.training)
         for key, module in self.structured.items():
             if isinstance(module, StructuredModule) and not module.can_merge():
                 rest.add_structured(key, self.row_ranges[key], module)

@@ -1,0 +1,1 @@
+"""Many tasks over one backbone in memory, also in one batch."""
