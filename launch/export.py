@@ -1,7 +1,7 @@
 """Write a task file as a folder that other libraries load: a LoRA adapter for PEFT, or a merged model for timm."""
 
 from _cli import add_config_options, describe, make_parser, read_config, run
-from spt_dist import Plan, load_delta, merge
+from spt_dist import Plan, load_delta
 from spt_dist.training.pipeline import build_model
 from spt_dist.tuning.export.hub import save_pretrained
 from spt_dist.tuning.export.peft import save_peft
@@ -24,7 +24,7 @@ def main() -> None:
     config = read_config(arguments)
     tuned = load_delta(build_model(config), arguments.task)
     if arguments.format == "hf":
-        describe({"timm folder": save_pretrained(merge(tuned), arguments.out, tuned)})
+        describe({"timm folder": save_pretrained(tuned, arguments.out)})
     else:
         plan = tuned.spt_plan
         assert isinstance(plan, Plan)

@@ -151,6 +151,8 @@ def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> R
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such config file; configs/ holds some to start from")
+    if any(key.split(".")[0] == "custom_imports" for key in options or {}):
+        raise UserError("--cfg-options custom_imports: imports come before options; write custom_imports into the file")
     try:
         content = Config.fromfile(str(path))
         content.merge_from_dict(dict(options or {}))

@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
+from numbers import Real
 
 from spt_dist.allocation.kinds import find_kind, structured_cost
 from spt_dist.errors import UserError
@@ -34,13 +35,15 @@ class AllocationRule:
     def __post_init__(self) -> None:
         if self.structured is not None:
             find_kind(self.structured)
-        if self.structured is None and not self.unstructured:
+        if not isinstance(self.unstructured, bool):
+            raise UserError(f"unstructured={self.unstructured!r}: has to be True or False")
+        if self.structured is None and not self.unstructured and self.beta is None:
             raise UserError("structured=None with unstructured=False leaves nothing to tune; switch one of them on")
         if self.rank < 1:
             raise UserError(f"rank={self.rank}: has to be at least 1")
         # Below 1 a matrix could get cheaper as more of its weights become sensitive, and no budget could be solved.
         for name, value in (("alpha", self.alpha), ("beta", self.beta)):
-            if value is not None and not value >= 1:
+            if value is not None and not (isinstance(value, Real) and value >= 1):
                 raise UserError(f"{name}={value}: has to be at least 1")
 
 

@@ -52,7 +52,7 @@ def find_kind(name: str) -> StructuredKind:
     Raises:
         UserError: there is none; a kind of one's own has to be registered before.
     """
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         raise UserError(
             f"structured={name!r}: no such kind of module; choose one of {', '.join(KINDS)}, or import the file that "
             "registers it first (custom_imports in a config, --import of launch/report.py)"
@@ -62,7 +62,10 @@ def find_kind(name: str) -> StructuredKind:
 
 def structured_cost(kind: str, shape: tuple[int, ...], rank: int) -> int:
     """Trainable parameters of a module of ``kind`` and size ``rank`` on what has ``shape``, see ``StructuredKind``."""
-    return find_kind(kind).cost(shape, rank)
+    cost = find_kind(kind).cost(shape, rank)
+    if not isinstance(cost, int) or cost < 1:
+        raise UserError(f"structured={kind!r}: its cost has to be a whole number of parameters, not {cost!r}")
+    return cost
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,9 @@ class ModuleOptions:
     Attributes:
         init: "zero": updates start at zero (LoRA, section 4.1; prompts, which have no such start, as in VPT). "normal":
             all matrices and prompts are drawn from N(0, 0.02), cut off at two; biases start at zero.
-        dropout: on what a module reads, in training.
-        drop_path: share of samples for which a module is left out, in training.
+        dropout: on what a module reads (of prompts on themselves), in training.
+        drop_path: share of samples for which a module is left out, in training; samples are what the first axis of the
+            layer's input counts, windows in Swin. Prompts are never left out.
         parallel: layers, by the last part of their name in the model ("proj"), whose modules read the layer's input,
             without dropout, also if those of their kind read its output elsewhere.
     """

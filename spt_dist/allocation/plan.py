@@ -19,6 +19,19 @@ FORMAT_VERSION = 2
 # Version 1 knew LoRA only and had no `modules`.
 READABLE_VERSIONS = (1, FORMAT_VERSION)
 _SPARSE_PREFIX = "sparse/"
+# What a file's fields have to be.
+_FIELD_TYPES = {
+    "matrices": dict,
+    "vectors": list,
+    "sparse": list,
+    "parameters": list,
+    "head": list,
+    "shapes": dict,
+    "rank": int,
+    "method": str,
+    "backbone_size": int,
+    "options": dict,
+}
 
 
 @dataclass
@@ -132,11 +145,14 @@ class Plan:
         version = content.pop("version", None)
         if version not in READABLE_VERSIONS:
             raise UserError(f"{source}: holds a plan of version {version}, this spt_dist reads up to {FORMAT_VERSION}")
+        for name, kind in _FIELD_TYPES.items():
+            if not isinstance(content.get(name), kind):
+                raise UserError(f"{source}: the plan in this file is damaged ({name} is {content.get(name)!r:.80})")
         try:
             content["modules"] = ModuleOptions(**content.get("modules", {}))
             content["sparse"] = {name: tensors[_SPARSE_PREFIX + name] for name in content["sparse"]}
             return cls(**content)
-        except (KeyError, TypeError, UserError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{source}: the plan in this file is damaged ({type(error).__name__}: {error})") from error
 
     def save(self, path: str | Path) -> None:

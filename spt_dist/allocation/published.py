@@ -21,7 +21,7 @@ from spt_dist.allocation.kinds import PRESETS, structured_cost
 from spt_dist.errors import UserError
 
 RANK = 8
-KINDS = ("lora", "adapter")
+PUBLISHED_KINDS = ("lora", "adapter")
 # The file has neither the shapes of structured matrices nor the model's name: the published code knows ViT-B/16 only.
 NUM_BLOCKS, WIDTH, HIDDEN = 12, 768, 3072
 BACKBONE_SIZE = 85_798_656
@@ -202,7 +202,10 @@ def _kind_of(path: Path, matrices: list[str], vectors: list[str], structured_par
     ``None`` where there is no matrix. The costs of both kinds are the same for no other set of matrices.
     """
     in_vectors = sum(prod(SHAPES[name]) for name in vectors)
-    totals = {kind: sum(structured_cost(kind, SHAPES[name], RANK) for name in matrices) + in_vectors for kind in KINDS}
+    totals = {
+        kind: sum(structured_cost(kind, SHAPES[name], RANK) for name in matrices) + in_vectors
+        for kind in PUBLISHED_KINDS
+    }
     for kind, total in totals.items():
         if total == structured_params:
             return kind if matrices else None

@@ -14,7 +14,8 @@ from spt_dist.allocation.plan import Plan
 from spt_dist.errors import UserError
 from spt_dist.files import load_tensors, save_tensors, write_text
 
-FORMAT_VERSION = 1
+# Version 1 had another name for structured modules.
+FORMAT_VERSION = 2
 _STATE_PREFIX = "engine/"
 
 

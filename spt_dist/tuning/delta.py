@@ -12,12 +12,14 @@ from spt_dist.allocation.plan import Plan
 from spt_dist.errors import UserError
 from spt_dist.files import load_tensors, save_tensors
 from spt_dist.models.fingerprint import fingerprint
+from spt_dist.models.matrices import logical_name
 from spt_dist.models.twins import make_twin
+from spt_dist.models.wrappers import unwrap
 from spt_dist.sensitivity.shards import get_rank, world_size
 from spt_dist.tuning.inject import install, is_tuned, make_modules, trainable_parameters, trained_parameters
 
 FORMAT_VERSION = 2
-# Version 1 had no originals.
+# Version 1 had no originals, and another name for structured modules.
 READABLE_VERSIONS = (1, FORMAT_VERSION)
 _STATE_PREFIX = "state/"
 _ORIGINAL_PREFIX = "original/"
@@ -27,17 +29,39 @@ def save_delta(tuned: nn.Module, path: str | Path) -> None:
     """Write the trained parameters, the plan and the backbone's fingerprint to a safetensors file.
 
     With several ranks a collective call: rank 0 writes, and the file is there for all when the call returns. The
-    parameters have to be whole (they are under DDP and ZeRO 0 to 2).
+    parameters have to be whole (they are under DDP and ZeRO 0 to 2). What is put around the model or its parts (DDP,
+    ``torch.compile``, activation checkpointing) leaves no trace in the file.
 
     Raises:
-        UserError: the model has not been injected.
+        UserError: the model has not been injected; or other parameters of it are trained than its plan says.
     """
+    tuned = unwrap(tuned)
     if not is_tuned(tuned):
         raise UserError("save_delta: this model has no tuning modules; call inject first")
     if get_rank() == 0:
-        save_tensors(path, *describe_delta(tuned, dict(trainable_parameters(tuned))))
+        save_tensors(path, *describe_delta(tuned, trained_values(tuned)))
     if world_size() > 1:
         dist.barrier()
+
+
+def trained_values(tuned: nn.Module) -> dict[str, Tensor]:
+    """Name -> value of every trained parameter, the head's included, whatever is put around parts of the model.
+
+    Raises:
+        UserError: these are not what the model's plan trains.
+    """
+    plan = tuned.spt_plan
+    assert isinstance(plan, Plan)
+    state: dict[str, Tensor] = {logical_name(name): parameter for name, parameter in trainable_parameters(tuned)}
+    frozen = [name for name in (*plan.head, *plan.parameters) if name not in state]
+    trained = sum(value.numel() for name, value in state.items() if name not in plan.head)
+    if frozen or trained != plan.num_trainable:
+        found = f"{frozen[0]} is frozen" if frozen else f"{trained:,} parameters outside the head are trained"
+        raise UserError(
+            f"{found}, but the plan trains {plan.num_trainable:,} parameters and the head; requires_grad was changed "
+            "after inject, so that no task file can hold what was trained"
+        )
+    return state
 
 
 def describe_delta(tuned: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -119,6 +143,8 @@ def parse_delta(tensors: dict[str, Tensor], metadata: dict[str, Any], path: str 
         {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         for prefix in (_STATE_PREFIX, _ORIGINAL_PREFIX)
     )
+    if metadata["version"] == 1:
+        state = {name.replace(".low_rank.", ".structured."): value for name, value in state.items()}
     return TaskFile(plan, state, originals, metadata["fingerprint"], metadata["backbone"], Path(path))
 
 

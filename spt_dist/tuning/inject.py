@@ -1,5 +1,6 @@
 """Putting a plan onto a backbone."""
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from math import prod
@@ -20,6 +21,8 @@ from spt_dist.tuning.prompts import Prompts, check_block
 from spt_dist.tuning.registry import make_module
 from spt_dist.tuning.sparse import SparseDelta
 from spt_dist.tuning.structured import ModuleSpec
+
+logger = logging.getLogger(__name__)
 
 
 def inject(model: nn.Module, plan: Plan) -> nn.Module:
@@ -43,6 +46,13 @@ def inject(model: nn.Module, plan: Plan) -> nn.Module:
     """
     if is_tuned(model):
         raise UserError("inject: this model has been injected already; merge it or build the backbone anew")
+    frozen = [name for name in take_inventory(model).head if name not in plan.head]
+    if frozen:
+        logger.warning(
+            "inject: %s stays frozen, since the plan names no such head; a plan made from the scores of a model with a "
+            "head trains it",
+            frozen[0],
+        )
     return install(model, plan, make_modules(model, plan))
 
 
@@ -68,7 +78,7 @@ def make_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
             for parameter in parameters:
                 device = module.get_parameter(parameter.parameter).device
                 name = ".".join(filter(None, (module_name, parameter.parameter)))
-                made[name] = EntryDelta(_positions(parameter, plan), device)
+                made[name] = EntryDelta(_positions(parameter, plan), device).train(module.training)
     return made
 
 
@@ -199,6 +209,11 @@ def _check_own_parameters(model: nn.Module, plan: Plan) -> None:
 def _tune_linear(linear: nn.Linear, parameters: list[LogicalParameter], plan: Plan) -> TunedLinear:
     options, device = plan.modules, linear.weight.device
     is_parallel = own_name_of(parameters[0].module) in options.parallel
+    if "weight" not in linear._parameters:
+        raise UserError(
+            f"plan: {parameters[0].name} is computed by a parametrization, so it can't be tuned; remove that first "
+            "(torch.nn.utils.parametrize.remove_parametrizations)"
+        )
     tuned = TunedLinear(linear, 0.0 if is_parallel else options.dropout, options.drop_path)
     weights: list[Tensor] = []
     biases: list[Tensor] = []

@@ -16,6 +16,9 @@ from spt_dist.tuning.recompute import Activated
 from spt_dist.tuning.sparse import SparseDelta
 from spt_dist.tuning.structured import StructuredModule
 
+# What a tuned layer has beside what it took over from the plain one.
+_OWN_ATTRIBUTES = ("plain_class", "structured", "row_ranges", "sparse", "bias_delta", "dropout", "drop_path")
+
 
 class TunedLinear(nn.Linear):
     """``nn.Linear`` with structured modules on some row ranges, single tuned weights, and tuned bias entries."""
@@ -25,8 +28,10 @@ class TunedLinear(nn.Linear):
         from timm.layers import DropPath
 
         nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+        # All that the layer has, hooks and their handles included; but not the same dict of submodules, to which some
+        # are added here.
+        self.__dict__.update(linear.__dict__ | {"_modules": dict(linear._modules)})
+        self.plain_class = type(linear)
         self.structured = nn.ModuleDict()
         self.row_ranges: dict[str, slice] = {}
         self.sparse: SparseDelta | None = None
@@ -44,6 +49,9 @@ class TunedLinear(nn.Linear):
         bias = self.bias if self.bias_delta is None else self.bias_delta(self.bias)
         # With two axes outputs are no views, which must not be changed in place behind a custom function.
         rows = x.reshape(-1, self.in_features)
+        if rows.dtype == torch.float32 and torch.is_autocast_enabled(rows.device.type):
+            # Here and not in each product, or each would keep a copy of its own.
+            rows = rows.to(torch.get_autocast_dtype(rows.device.type))
         if self.sparse is not None:
             y = self.sparse.linear(rows, self.weight, bias, source)
         else:
@@ -72,7 +80,7 @@ class TunedLinear(nn.Linear):
                 # What is kept for the backward pass must not be a view of what changes below.
                 z = self.dropout(y if is_whole else y[..., rows].clone())
                 update = module(_with_axes(z, leading))
-            elif isinstance(module, LowRank):
+            elif type(module) is LowRank:
                 update = module(inputs, known)
             else:
                 update = module(_with_axes(inputs, leading))
@@ -105,17 +113,20 @@ class TunedLinear(nn.Linear):
                 weight[self.row_ranges[key]] += sign * module.delta()
         if self.sparse is not None:
             self.sparse.add_to_weight(weight, sign)
-        plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        plain.weight = nn.Parameter(weight.to(self.weight.dtype))
+        parameters = {**self._parameters, "weight": nn.Parameter(weight.to(self.weight.dtype))}
         if self.bias is not None:
             bias = self.bias.detach().double()
             bias = bias if self.bias_delta is None else self.bias_delta(bias, sign)
-            plain.bias = nn.Parameter(bias.to(self.bias.dtype))
-        return plain.train(self.training)
+            parameters["bias"] = nn.Parameter(bias.to(self.bias.dtype))
+        plain = self.plain_class.__new__(self.plain_class)
+        plain.__dict__.update({name: value for name, value in self.__dict__.items() if name not in _OWN_ATTRIBUTES})
+        modules = {name: module for name, module in self._modules.items() if name not in _OWN_ATTRIBUTES}
+        plain.__dict__.update(_parameters=parameters, _modules=modules)
+        return plain
 
 
 def _with_axes(tensor: Tensor, leading: torch.Size) -> Tensor:
-    return tensor.view(*leading, tensor.shape[-1])
+    return tensor.reshape(*leading, tensor.shape[-1])
 
 
 def _add_rows(y: Tensor, update: Tensor, rows: slice) -> Tensor:

@@ -10,7 +10,9 @@ from torch import nn
 
 from spt_dist.allocation.plan import Plan
 from spt_dist.errors import UserError
+from spt_dist.models.fingerprint import fingerprint
 from spt_dist.models.matrices import parent_of
+from spt_dist.models.wrappers import unwrap
 from spt_dist.tuning.delta import attach_delta, read_delta
 from spt_dist.tuning.entries import EntryTuned, merge_entries
 from spt_dist.tuning.inject import install, is_tuned, replace_module
@@ -38,6 +40,7 @@ def merge(tuned: nn.Module) -> nn.Module:
     Raises:
         UserError: the model has not been injected.
     """
+    tuned = unwrap(tuned)
     if not is_tuned(tuned):
         raise UserError("merge: this model has no tuning modules; call inject or load_delta first")
     merged = copy.deepcopy(tuned)
@@ -65,14 +68,19 @@ def unmerge(merged: nn.Module, path: str | Path) -> nn.Module:
         path: the task file.
 
     Returns:
-        The backbone, its weights as before up to one rounding to their dtype; what was trained in place outside the
-        head is restored bit for bit. The head stays the task's.
+        The backbone, its weights as before up to the two roundings to their dtype (of the merged and of these); what
+        was trained in place outside the head is restored bit for bit. The head stays the task's.
 
     Raises:
-        UserError: the file is missing or damaged; the model was not merged from it; or the file can't tell what the
-            backbone was, since all of it was trained in place.
+        UserError: the file is missing or damaged; the model is the backbone itself, or has another head or token than
+            the task; or the file can't tell what the backbone was, since all of it was trained in place.
     """
     task = read_delta(path)
+    merged = unwrap(merged)
+    if is_tuned(merged):
+        raise UserError(f"{path}: not all of it was merged into this model, which has tuning modules; take it as it is")
+    if fingerprint(merged) == task.fingerprint:
+        raise UserError(f"{path}: nothing was merged into this model, it is the task's backbone")
     backbone = copy.deepcopy(merged)
     for name in [*task.plan.parameters, *task.plan.head]:
         given = dict(backbone.named_parameters()).get(name)

@@ -43,7 +43,7 @@ class Prompts(nn.Module):
     def attach(self, block: nn.Module) -> None:
         """Become the submodule ``prompts`` of ``block``, and change its input and output from now on."""
         block.add_module("prompts", self)
-        block.register_forward_pre_hook(self.append)
+        block.register_forward_pre_hook(self.append, with_kwargs=True)
         block.register_forward_hook(self.cut)
 
     def detach(self, block: nn.Module) -> None:
@@ -53,12 +53,21 @@ class Prompts(nn.Module):
             # No handles are kept for this: they would be lost in a copy of the model.
             for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
                 del hooks[key]
+                block._forward_pre_hooks_with_kwargs.pop(key, None)
 
-    def append(self, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """A block's inputs with ``(B, T, D)`` tokens made ``(B, T + P, D)``."""
-        x_BTD = inputs[0]
+    def append(
+        self, block: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A block's inputs with ``(B, T, D)`` tokens made ``(B, T + P, D)``.
+
+        Raises:
+            UserError: the block is given a mask, which is made for the tokens without prompts.
+        """
+        if options.get("attn_mask") is not None:
+            raise UserError("prompts: this model masks its attention, and masks have no room for prompts; use LoRA")
+        x_BTD, *others = inputs
         tokens_BPD = self.dropout(self.tokens.expand(len(x_BTD), -1, -1))
-        return torch.cat([x_BTD, tokens_BPD.to(x_BTD.dtype)], dim=1), *inputs[1:]
+        return (torch.cat([x_BTD, tokens_BPD.to(x_BTD.dtype)], dim=1), *others), options
 
     def cut(self, block: nn.Module, inputs: tuple[Any, ...], outputs_BTD: Tensor) -> Tensor:
         """A block's output tokens without the prompts."""

@@ -39,13 +39,15 @@ def register_structured(
             has to be what the module has.
 
     Raises:
-        UserError: the name is taken.
+        UserError: the name is taken, or the class is no ``StructuredModule``.
     """
 
     def register(cls: type[StructuredModule]) -> type[StructuredModule]:
         # The same class may come again: a notebook's cell is run twice.
         if name in KINDS and not _is_same_class(MODULES.get(name), cls):
             raise UserError(f"register_structured: the name {name!r} is taken; choose another one")
+        if not issubclass(cls, StructuredModule):
+            raise UserError(f"register_structured: {cls.__name__} has to be a subclass of StructuredModule")
         KINDS[name] = StructuredKind(cost)
         MODULES[name] = cls
         return cls

@@ -51,7 +51,7 @@ class SparseDelta(nn.Module):
 
         Args:
             x: the layer's input.
-            weight, bias: of the layer; no gradient of ``weight`` is computed.
+            weight, bias: of the layer.
             source: what ``x`` was computed from, to keep nothing of ``x``.
         """
         kept = (None, None) if source is None else (source.hidden, source.activation)
@@ -115,13 +115,15 @@ class _SparseLinear(torch.autograd.Function):
         ctx.delta, ctx.activation, ctx.dtype = delta, activation, x.dtype
         y = F.linear(x, weight, bias)
         x_C = x.index_select(-1, delta.columns).to(y.dtype)
-        ctx.save_for_backward(weight, bias, values_K, x_C if hidden is None else hidden)
+        # The weight is frozen, unless the user has decided otherwise.
+        whole_x = x if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(weight, bias, values_K, x_C if hidden is None else hidden, whole_x)
         return delta.add_products(y, x_C, values_K.to(y.dtype))
 
     @staticmethod
     @once_differentiable  # what is kept of x has no history, so second derivatives would lack a part
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        weight, bias, values_K, kept = ctx.saved_tensors
+        weight, bias, values_K, kept, whole_x = ctx.saved_tensors
         delta, dtype = ctx.delta, grad_y.dtype
         x_C = kept
         if ctx.activation is not None:
@@ -129,12 +131,15 @@ class _SparseLinear(torch.autograd.Function):
             chosen = kept.index_select(-1, delta.columns)
             x_C = ctx.activation(chosen).reshape(-1, len(delta.columns)).to(dtype)
         grad_C, grad_K = delta.gradients(grad_y, x_C, values_K.to(dtype))
-        grad_x = grad_bias = None
+        grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad_y @ weight.to(dtype)).index_add_(-1, delta.columns, grad_C).to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            flat_x = whole_x.reshape(-1, whole_x.shape[-1]).to(dtype)
+            grad_weight = (grad_y.reshape(-1, grad_y.shape[-1]).mT @ flat_x).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(dim=0, dtype=bias.dtype)
-        return grad_x, None, grad_bias, grad_K.to(values_K.dtype), None, None, None
+        return grad_x, grad_weight, grad_bias, grad_K.to(values_K.dtype), None, None, None
 
 
 def _chunks(values_K: Tensor) -> list[slice]:

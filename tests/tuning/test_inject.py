@@ -73,6 +73,51 @@ def places_of(holder: nn.Module) -> list[int]:
     return (holder.rows[holder.row_of] * holder.in_features + holder.columns[holder.column_of]).tolist()
 
 
+def test_hooks_of_replaced_layers_go_on() -> None:
+    """Through injection and merging, and their handles still remove them."""
+    model, (images, _) = make_vit(), make_samples(2)
+    calls: list[str] = []
+    handle = model.get_submodule("blocks.0.attn.qkv").register_forward_hook(lambda *_: calls.append("qkv"))
+    tuned = inject(model, random_plan(model, 3))
+    tuned(images)
+    merge(tuned)(images)
+    assert calls == ["qkv", "qkv"]
+    handle.remove()
+    tuned(images)
+    assert calls == ["qkv", "qkv"]
+
+
+def test_a_weight_that_is_unfrozen_gets_its_gradient() -> None:
+    """That of a dense layer with the same effective weight, whatever is tuned in it."""
+    model, (images, labels) = make_vit(), make_samples(3)
+    tuned = inject(model, random_plan(model, 3))
+    disturb(tuned)
+    dense = merge(tuned)
+    tuned.requires_grad_(True)
+    for each in (tuned, dense):
+        F.cross_entropy(each(images), labels).backward()
+    gradients = {name: parameter.grad for name, parameter in tuned.named_parameters()}
+    for name, parameter in dense.named_parameters():
+        found = gradients[name]
+        assert torch.allclose(found, parameter.grad, rtol=1e-3, atol=1e-5), name
+
+
+def test_computed_weights_are_refused() -> None:
+    model = make_vit()
+    torch.nn.utils.parametrizations.weight_norm(model.get_submodule("blocks.0.mlp.fc1"))
+    name = "blocks.0.mlp.fc1.bias"
+    with pytest.raises(UserError, match=r"blocks\.0\.mlp\.fc1\.bias is computed by a parametrization"):
+        inject(model, Plan(vectors=[name], shapes={name: (96,)}))
+
+
+def test_a_head_that_the_plan_does_not_name_is_said_to_stay_frozen(caplog: pytest.LogCaptureFixture) -> None:
+    plan = random_plan(make_vit(num_classes=0), 3)
+    assert not plan.head
+    tuned = inject(make_vit(), plan)
+    assert "head.weight stays frozen" in caplog.text
+    assert not tuned.get_parameter("head.weight").requires_grad
+
+
 def test_frozen_weights_get_no_gradient_and_layers_keep_their_attributes() -> None:
     model = make_vit()
     tuned = inject(model, random_plan(model, 3))

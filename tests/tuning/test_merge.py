@@ -92,9 +92,16 @@ def test_models_that_were_not_merged_from_a_task_are_not_unmerged(tmp_path: Path
     tuned = inject(make_vit(), random_plan(make_vit(), 11))
     disturb(tuned)
     save_delta(tuned, path)
-    with pytest.raises(UserError, match="was not merged from it, since their cls_token differ"):
+    with pytest.raises(UserError, match="nothing was merged into this model, it is the task's backbone"):
         unmerge(make_vit(), path)
+    with pytest.raises(UserError, match="not all of it was merged into this model"):
+        unmerge(tuned, path)
+    other = inject(make_vit(), random_plan(make_vit(), 11))
+    disturb(other, seed=2)
+    with pytest.raises(UserError, match="was not merged from it, since their cls_token differ"):
+        unmerge(merge(other), path)
     full = inject(make_vit(), make_plan("full", make_vit()))
+    disturb(full)
     save_delta(full, path)
     with pytest.raises(UserError, match="does not hold what cls_token was before training"):
         unmerge(merge(full), path)

@@ -22,10 +22,11 @@ from spt_dist.allocation.plan import Plan
 from spt_dist.errors import UserError
 from spt_dist.files import load_tensors, save_tensors, write_text
 from spt_dist.models.matrices import own_name_of, parent_of
-from spt_dist.tuning.delta import attach_delta, describe_delta, parse_delta
+from spt_dist.models.wrappers import unwrap
+from spt_dist.tuning.delta import attach_delta, describe_delta, parse_delta, trained_values
 from spt_dist.tuning.export.cards import peft_card
 from spt_dist.tuning.export.folder import EXPORT_KEY, open_folder
-from spt_dist.tuning.inject import is_tuned, trainable_parameters
+from spt_dist.tuning.inject import is_tuned
 from spt_dist.tuning.layers import TunedLinear
 from spt_dist.tuning.lora import LowRank
 
@@ -78,13 +79,13 @@ def save_peft(tuned: nn.Module, folder: str | Path, base_model: str | None = Non
         UserError: the model is not tuned; its plan has no low-rank module, or modules that PEFT has no type for; or the
             folder holds something else.
     """
+    tuned = unwrap(tuned)
     if not is_tuned(tuned):
         raise UserError("save_peft: this model has no tuning modules; call inject or load_delta first")
     plan = tuned.spt_plan
     assert isinstance(plan, Plan)
     _refuse_other_plans(plan)
-    folder = open_folder(folder, "peft", REST_FILE, CONFIG_FILE)
-    state: dict[str, Tensor] = dict(trainable_parameters(tuned))
+    state = trained_values(tuned)
     stacks = _find_stacks(tuned)
     adapter = {_PEFT_PREFIX + name: state.pop(name) for name in plan.head}
     for layer, parts in stacks.items():
@@ -100,6 +101,7 @@ def save_peft(tuned: nn.Module, folder: str | Path, base_model: str | None = Non
         "scales": {key: config[key] for key in _SCALE_KEYS},
         "stacks": {layer: [asdict(part) for part in parts] for layer, parts in stacks.items()},
     }
+    folder = open_folder(folder, "peft", REST_FILE, CONFIG_FILE)
     save_tensors(folder / REST_FILE, tensors, metadata)
     save_tensors(folder / ADAPTER_FILE, adapter, {"kind": "peft_adapter"})
     write_text(folder / "README.md", peft_card(tuned, plan, delta["fingerprint"], base_model))

@@ -3,6 +3,7 @@
 from torch import nn
 
 from spt_dist.allocation.plan import Plan
+from spt_dist.errors import UserError
 
 
 def plan_from_file(model: nn.Module, path: str, preset: str = "paper") -> Plan:
@@ -14,6 +15,10 @@ def plan_from_file(model: nn.Module, path: str, preset: str = "paper") -> Plan:
         preset: how the modules of a published allocation are set up, see ``Plan.from_spt_release``; other plans say it.
 
     Raises:
-        UserError: as ``Plan.load`` and ``Plan.from_spt_release``.
+        UserError: as ``Plan.load`` and ``Plan.from_spt_release``; or a preset for a plan that has its own.
     """
-    return Plan.from_spt_release(path, preset) if path.endswith(".pth") else Plan.load(path)
+    if path.endswith(".pth"):
+        return Plan.from_spt_release(path, preset)
+    if preset != "paper":
+        raise UserError(f"method.preset={preset!r}: is for published allocations (.pth); {path} says it itself")
+    return Plan.load(path)

@@ -13,6 +13,7 @@ import spt_dist  # noqa: F401  # isort: skip
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from spt_dist import UserError, inject, merge, trainable_parameters
@@ -62,7 +63,7 @@ def test_timm_loads_the_folder(kind: str, tmp_path: Path) -> None:
     build, shape = BUILDS[kind]
     tuned = make_tuned(build)
     merged = merge(tuned)
-    save_pretrained(merged, tmp_path, tuned)
+    save_pretrained(tuned, tmp_path)
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     images = torch.randn(2, *shape)
     assert torch.equal(loaded(images), merged(images))
@@ -73,7 +74,7 @@ def test_timm_loads_the_folder(kind: str, tmp_path: Path) -> None:
 
 def test_the_weights_are_a_merged_checkpoint(tmp_path: Path) -> None:
     tuned = make_tuned()
-    save_pretrained(merge(tuned), tmp_path, tuned)
+    save_pretrained(tuned, tmp_path)
     model = make_vit(seed=2)
     load_merged(model, str(tmp_path / WEIGHTS_FILE))
     assert torch.equal(model(torch.ones(1, 3, 16, 16)), merge(tuned)(torch.ones(1, 3, 16, 16)))
@@ -81,7 +82,7 @@ def test_the_weights_are_a_merged_checkpoint(tmp_path: Path) -> None:
 
 def test_the_card_tells_what_was_trained_and_its_code_runs(tmp_path: Path) -> None:
     tuned = make_tuned()
-    save_pretrained(merge(tuned), tmp_path, tuned)
+    save_pretrained(tuned, tmp_path)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     trained = sum(value.numel() for name, value in trainable_parameters(tuned) if not name.startswith("head"))
     rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", card, re.MULTILINE))
@@ -98,22 +99,30 @@ def test_the_card_tells_what_was_trained_and_its_code_runs(tmp_path: Path) -> No
     assert torch.equal(names["model"](images), merge(tuned)(images))
 
 
+TINY: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+
+
+def with_head_by_hand() -> nn.Module:
+    model = make_vit()
+    model.head = nn.Linear(24, 7)
+    return model
+
+
 def test_what_timm_could_not_build_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
-    tuned = make_tuned()
-    with pytest.raises(UserError, match="has tuning modules"):
-        save_pretrained(tuned, folder, tuned)
-    with pytest.raises(UserError, match="tuned has no plan"):
-        save_pretrained(merge(tuned), folder, make_vit())
-    with pytest.raises(UserError, match=r"this Sequential was not made by timm\.create_model"):
-        save_pretrained(nn.Sequential(merge(tuned)), folder, tuned)
+    with pytest.raises(UserError, match="has no tuning modules"):
+        save_pretrained(make_vit(), folder)
+    with pytest.raises(UserError, match=r"this VisionTransformer was not made by timm\.create_model"):
+        save_pretrained(make_tuned(lambda: VisionTransformer(**TINY).eval()), folder)
+    with pytest.raises(UserError, match=r"head\.weight has shape \(7, 24\), but timm would build .* with \(10, 24\)"):
+        save_pretrained(make_tuned(with_head_by_hand), folder)
     with_function = make_tuned(lambda: make_vit(act_layer=nn.GELU))
     with pytest.raises(UserError, match="'act_layer' is not serializable"):
-        save_pretrained(merge(with_function), folder, with_function)
+        save_pretrained(with_function, folder)
     model = make_vit()
     left = inject(model, random_plan(model, 1, ("adapter",)))
-    with pytest.raises(UserError, match="adapters or prompts are left after merging"):
-        save_pretrained(merge(left), folder, left)
+    with pytest.raises(UserError, match="modules of kind adapter, which can't be merged"):
+        save_pretrained(left, folder)
     assert not folder.exists()
 
 
@@ -122,12 +131,12 @@ def test_only_earlier_exports_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for taken in (tmp_path / "file", tmp_path):
         with pytest.raises(UserError, match=r"is a file|holds other files than an earlier hf export"):
-            save_pretrained(merge(tuned), taken, tuned)
+            save_pretrained(tuned, taken)
     save_peft(tuned, tmp_path / "peft")
     with pytest.raises(UserError, match="holds other files than an earlier hf export"):
-        save_pretrained(merge(tuned), tmp_path / "peft", tuned)
+        save_pretrained(tuned, tmp_path / "peft")
     for task in (tuned, other):
-        save_pretrained(merge(task), tmp_path / "hf", task)
+        save_pretrained(task, tmp_path / "hf")
         loaded = timm.create_model(f"local-dir:{tmp_path / 'hf'}", pretrained=True).eval()
         images = torch.randn(2, 3, 16, 16)
         assert torch.equal(loaded(images), merge(task)(images))
@@ -140,12 +149,12 @@ def test_an_export_that_was_interrupted_is_no_export(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tuned = make_tuned()
-    save_pretrained(merge(tuned), tmp_path, tuned)
+    save_pretrained(tuned, tmp_path)
     with full_disk(monkeypatch, hub, name), pytest.raises(OSError, match="full"):
-        save_pretrained(merge(tuned), tmp_path, tuned)
+        save_pretrained(tuned, tmp_path)
     with pytest.raises(FileNotFoundError, match=CONFIG_FILE):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
-    save_pretrained(merge(tuned), tmp_path, tuned)
+    save_pretrained(tuned, tmp_path)
     timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
 
 
