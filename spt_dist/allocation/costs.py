@@ -44,7 +44,7 @@ class AllocationRule:
         # Below 1 a matrix could get cheaper as more of its weights become sensitive, and no budget could be solved.
         for name, value in (("alpha", self.alpha), ("beta", self.beta)):
             if value is not None and not (isinstance(value, Real) and value >= 1):
-                raise UserError(f"{name}={value}: has to be at least 1")
+                raise UserError(f"{name}={value!r}: has to be a number of at least 1")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spt_dist import Plan, Scores, UserError, allocate, estimate_sensitivity
+from spt_dist.files import save_tensors
 from spt_dist.sensitivity.shards import FlatIndex, ScoreShard
 from tests.models_for_tests import make_samples, make_vit
 from tests.ranks import run_ranks
@@ -136,6 +137,9 @@ def test_a_fraction_is_of_the_backbone() -> None:
         ({"tau": 3, "dropout": 1.0}, "dropout=1.0"),
         ({"tau": 3, "structured": None, "unstructured": False}, "nothing to tune"),
         ({"tau": 3, "rank": 0}, "rank=0"),
+        ({"tau": 3, "structured": ["lora"]}, r"structured=\['lora'\]: no such kind"),
+        ({"tau": 3, "unstructured": "no"}, "unstructured='no': has to be True or False"),
+        ({"tau": 3, "alpha": "10"}, "alpha='10': has to be a number of at least 1"),
         ({"tau": 3, "alpha": 0.5}, "alpha=0.5"),
         ({"tau": 3, "preset": "paper2"}, "preset='paper2'"),
     ],
@@ -143,6 +147,17 @@ def test_a_fraction_is_of_the_backbone() -> None:
 def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         allocate(make_scores(), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("matrices", ["a"]), ("vectors", 5), ("shapes", [1]), ("rank", "8"), ("backbone_size", "x"), ("sparse", {"a": 1})],
+)
+def test_damaged_plan_files_are_named(tmp_path: Path, field: str, value: object) -> None:
+    tensors, metadata = allocate(make_scores(), tau=150, rank=2).to_tensors()
+    save_tensors(tmp_path / "plan.safetensors", tensors, {"kind": "plan", "plan": metadata | {field: value}})
+    with pytest.raises(UserError, match=rf"plan\.safetensors: the plan in this file is damaged \({field} is"):
+        Plan.load(tmp_path / "plan.safetensors")
 
 
 def test_plan_file_round_trip(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Mistakes in a config: each is refused with the name of the key, its value and what to do."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,20 @@ def test_out_of_range(config_path: Path, key: str) -> None:
 
 def test_int_is_a_float(config_path: Path) -> None:
     assert load_config(config_path, {"train.lr": 1}).train.lr == 1.0
+
+
+def test_custom_imports_come_from_the_file_alone(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run once, while the file is read; an option would come too late."""
+    (config_path.parent / "own_file.py").write_text("LOADED = True\n")
+    monkeypatch.syspath_prepend(config_path.parent)
+    config_path.write_text(config_path.read_text() + 'custom_imports = dict(imports=["own_file"])\n')
+    load_config(config_path)
+    assert sys.modules.pop("own_file").LOADED
+    with pytest.raises(UserError, match="--cfg-options custom_imports: imports come before options"):
+        load_config(config_path, {"custom_imports.imports": ["other"]})
+    config_path.write_text(config_path.read_text().replace('"own_file"', '"nowhere_at_all"'))
+    with pytest.raises(UserError, match="nowhere_at_all"):
+        load_config(config_path)
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -273,6 +273,15 @@ def test_full_fine_tuning_trains_everything() -> None:
     assert all(parameter.requires_grad for parameter in inject(model, plan).parameters())
 
 
+def test_plans_out_of_files(tmp_path: Path) -> None:
+    model, path = make_vit(), str(tmp_path / "plan.safetensors")
+    plan = random_plan(model, 2)
+    plan.save(path)
+    assert make_plan("plan", model, path=path).summary() == plan.summary()
+    with pytest.raises(UserError, match=r"method\.preset='released': is for published allocations"):
+        make_plan("plan", model, path=path, preset="released")
+
+
 def test_unknown_lora_targets_are_refused() -> None:
     with pytest.raises(UserError, match="'query' is no operation of this model; it has fc1, fc2, k, proj, q, v"):
         make_plan("lora", make_vit(), targets=["query"])

@@ -168,6 +168,12 @@ def test_dropout_is_for_training_only() -> None:
     assert torch.allclose(seen[0][kept], 2 * prompts[1].expand_as(kept)[kept])
 
 
+def test_masks_that_do_not_know_of_prompts_are_refused() -> None:
+    tuned = inject(make_vit(depth=DEPTH), plan_prompts(1))
+    with pytest.raises(UserError, match="this model masks its attention"):
+        tuned.forward_features(IMAGES, attn_mask=torch.zeros(TOKENS, TOKENS))
+
+
 @pytest.mark.parametrize("kind", ["windows", "convolutions"])
 def test_other_models_are_refused(kind: str) -> None:
     model, images = make_model(kind), make_images(kind)[0]

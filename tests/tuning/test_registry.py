@@ -217,6 +217,19 @@ def test_a_taken_name_is_refused(name: str) -> None:
     assert (dict(KINDS), dict(MODULES)) == before
 
 
+def test_only_structured_modules_are_registered() -> None:
+    with pytest.raises(UserError, match="Linear has to be a subclass of StructuredModule"):
+        register_structured("plain", cost=lambda shape, rank: 1)(nn.Linear)
+    assert "plain" not in KINDS
+
+
+@pytest.mark.parametrize("cost", [0, -5, 2.5, None])
+def test_costs_that_are_no_numbers_of_parameters_are_refused(cost: object) -> None:
+    register_structured("rank-one", cost=lambda shape, rank: cost)(RankOne)
+    with pytest.raises(UserError, match=r"structured='rank-one': its cost has to be a whole number of parameters"):
+        allocate(make_scores(), tau=100, structured="rank-one")
+
+
 def test_the_same_class_may_be_registered_again() -> None:
     """As when a notebook's cell is run twice; the later cost and class hold."""
     for factor in (1, 2):
