@@ -18,6 +18,7 @@ from spt_dist.tuning.mlp import TunedMlp, restore_plain
 from spt_dist.tuning.recompute import Activated, project
 from spt_dist.tuning.sparse import SparseDelta
 from tests.models_for_tests import make_samples, make_vit
+from tests.tuning.kept_for_tests import kept_storages
 from tests.tuning.plans_for_tests import disturb
 
 WIDTH, HIDDEN, TOKENS, BATCH = 24, 96, 5, 6
@@ -132,17 +133,7 @@ def test_without_gradients() -> None:
 def kept_bytes(model: nn.Module) -> dict[int, int]:
     """Address -> bytes of what a step's forward keeps; tensors that are there anyway left out."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers(), IMAGES]}
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        alive.append(tensor)
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(IMAGES)
-    return {address: size for address, size in kept.items() if address not in own}
+    return {address: size for address, size in kept_storages(lambda: model(IMAGES)).items() if address not in own}
 
 
 def test_just_the_inputs_of_fc2_are_no_longer_kept() -> None:

@@ -1,6 +1,5 @@
 """Single weights of a matrix against dense autograd: ``W`` plus the values at their places."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from spt_dist.tuning import sparse
 from spt_dist.tuning.layers import TunedLinear
 from spt_dist.tuning.sparse import SparseDelta
+from tests.tuning.kept_for_tests import kept_storages
 
 
 def make_layer(
@@ -145,21 +145,6 @@ def test_chunks_make_no_difference(chunk_size: int, monkeypatch: pytest.MonkeyPa
     for whole, in_chunks in zip(*found, strict=True):
         assert torch.allclose(whole, in_chunks, rtol=1e-12, atol=1e-12)
     check(layer, positions, x, 1e-12)
-
-
-def kept_storages(function: Callable[[], Tensor]) -> dict[int, int]:
-    """Address -> bytes of all that ``function`` keeps for the backward pass."""
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        alive.append(tensor)
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function().sum().backward()
-    return kept
 
 
 @pytest.mark.parametrize("as_block", [True, False])
