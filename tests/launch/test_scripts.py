@@ -52,8 +52,8 @@ PICTURES = (
 
 def write_own_kind(folder: Path) -> Path:
     """A module that registers a kind of structured module, and the plan file that it returns, which has one of them."""
-    text = """from spt_dist.tuning.registry import register_structured
-register_structured("scale", cost=lambda shape, rank: shape[0])(object)
+    text = """from spt_dist import StructuredModule, register_structured
+register_structured("scale", cost=lambda shape, rank: shape[0])(StructuredModule)
 """
     (folder / "own_kind.py").write_text(text, encoding="utf-8")
     name = "blocks.0.attn.q.weight"

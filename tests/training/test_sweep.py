@@ -86,7 +86,7 @@ def test_typed_budgets() -> None:
         ({}, {"a": 2.5}, r"budget=2\.5: a fraction lies between 0 and 1"),
         ({}, {"a": 1e-9}, r"budget=1e-09: 0 parameters are not enough for cls_token's 32"),
         ({}, {"a": float("nan")}, r"budget=nan: give a number"),
-        ({"method.alpha": 0.5}, {"a": 100}, r"alpha=0\.5: has to be at least 1"),
+        ({"method.alpha": 0.5}, {"a": 100}, r"alpha=0\.5: has to be a number of at least 1"),
         (
             {"method": {"type": "lora", "_delete_": True}},
             {"a": 100},
