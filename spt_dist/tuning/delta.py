@@ -165,12 +165,12 @@ def load_delta(backbone: nn.Module, path: str | Path) -> nn.Module:
 
 
 def attach_delta(backbone: nn.Module, task: TaskFile) -> nn.Module:
-    """As ``load_delta``, from a file in memory and on any backbone with the right names and shapes."""
+    """As ``load_delta``, from a file in memory and without comparing fingerprints: the model gets the task's."""
     _check_fits(backbone, task)
     fit_head(backbone, task.plan, task.state)
     modules = make_modules(backbone, task.plan)
     trained = trained_parameters(backbone, task.plan, modules)
-    install(backbone, task.plan, modules)
+    install(backbone, task.plan, modules, task.fingerprint)
     for name, parameter in trained.items():
         parameter.data.copy_(task.state[name])
     return backbone

@@ -53,7 +53,7 @@ def inject(model: nn.Module, plan: Plan) -> nn.Module:
             "head trains it",
             frozen[0],
         )
-    return install(model, plan, make_modules(model, plan))
+    return install(model, plan, make_modules(model, plan), fingerprint(model))
 
 
 def make_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
@@ -93,11 +93,10 @@ def trained_parameters(model: nn.Module, plan: Plan, modules: dict[str, nn.Modul
     return trained
 
 
-def install(model: nn.Module, plan: Plan, modules: dict[str, nn.Module]) -> nn.Module:
+def install(model: nn.Module, plan: Plan, modules: dict[str, nn.Module], backbone_fingerprint: str) -> nn.Module:
     """Freeze ``model`` but for ``plan`` and the ``modules`` made for it, which take their places; returns ``model``."""
     from spt_dist.tuning.mlp import spare_activations
 
-    print_of_backbone = fingerprint(model)
     in_place = [] if plan.num_in_place == plan.backbone_size else plan.parameters
     originals = {name: model.get_parameter(name).detach().clone() for name in in_place}
     model.requires_grad_(False)
@@ -106,7 +105,7 @@ def install(model: nn.Module, plan: Plan, modules: dict[str, nn.Module]) -> nn.M
     for name in [*plan.parameters, *plan.head]:
         model.get_parameter(name).requires_grad_(True)
     model.spt_plan = plan  # type: ignore[assignment]  # Module declares its attributes as tensors and modules
-    model.spt_fingerprint = print_of_backbone  # type: ignore[assignment]
+    model.spt_fingerprint = backbone_fingerprint  # type: ignore[assignment]
     model.spt_originals = originals  # type: ignore[assignment]
     return model
 

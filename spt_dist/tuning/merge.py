@@ -57,7 +57,8 @@ def merge(tuned: nn.Module) -> nn.Module:
         len(left),
         ", ".join(sorted(set(left.values()))),
     )
-    return install(merged, replace(plan, matrices=left, vectors=[], sparse={}, parameters=[]), staying)
+    rest = replace(plan, matrices=left, vectors=[], sparse={}, parameters=[])
+    return install(merged, rest, staying, fingerprint(merged))
 
 
 def unmerge(merged: nn.Module, path: str | Path) -> nn.Module:

@@ -18,7 +18,7 @@ A kind of one's own is a class and a decorator::
 
 from collections.abc import Callable
 
-from spt_dist.allocation.kinds import KINDS, StructuredKind
+from spt_dist.allocation.kinds import KINDS, StructuredKind, structured_cost
 from spt_dist.errors import UserError
 from spt_dist.tuning.adapter import Adapter
 from spt_dist.tuning.lora import LowRank
@@ -67,7 +67,7 @@ def make_module(kind: str, spec: ModuleSpec) -> StructuredModule:
         UserError: its class has another number of parameters, or buffers that task files would have to hold.
     """
     module = MODULES[kind](spec)
-    wanted = KINDS[kind].cost((spec.out_features, spec.in_features), spec.rank)
+    wanted = structured_cost(kind, (spec.out_features, spec.in_features), spec.rank)
     found = sum(parameter.numel() for parameter in module.parameters())
     if found != wanted:
         raise UserError(
