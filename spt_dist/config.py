@@ -85,9 +85,13 @@ class TrainConfig:
         warmup_lr: learning rate of the first step.
         weight_decay: on matrices and prompts; vectors, single weights and ``cls_token`` are never decayed.
         clip_norm: largest norm of the gradient; ``None`` for no clipping.
+        accumulation: passes in which a rank goes through its part of a step, to save memory.
+        ema: decay of a moving average of what is trained, to be evaluated and saved instead; ``None`` for none.
         eval_interval: epochs between two evaluations; the last epoch is always evaluated.
         checkpoint_interval: epochs between two checkpoints.
+        checkpoint_steps: steps between two checkpoints, beside those at the end of an epoch; ``None`` for none.
         keep_checkpoints: how many of the last checkpoints are kept.
+        save_best: also keep the checkpoint that was best at its evaluation.
     """
 
     epochs: int
@@ -98,9 +102,13 @@ class TrainConfig:
     warmup_lr: float = 1e-6
     weight_decay: float = 1e-4
     clip_norm: float | None = None
+    accumulation: int = 1
+    ema: float | None = None
     eval_interval: int = 10
     checkpoint_interval: int = 5
+    checkpoint_steps: int | None = None
     keep_checkpoints: int = 2
+    save_best: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,14 +116,52 @@ class EngineConfig:
     """How training is spread over ranks.
 
     Attributes:
-        type: "ddp" or "deepspeed".
-        zero_stage: 0, 1 or 2 (deepspeed only).
-        amp: run the forward pass under bfloat16 autocast.
+        type: "ddp", "fsdp" or "deepspeed".
+        zero_stage: 0, 1, 2 or 3 (deepspeed only).
+        offload: keep the optimizer's state, and with stage 3 the weights, in the CPU's memory (deepspeed only).
+        deepspeed: further settings as a dict, or the path of a DeepSpeed JSON (deepspeed only).
+        shard_size: how many ranks share out one copy of the weights (fsdp only): ``None`` for all of them, 1 for a whole
+            copy on each rank, any other divisor of their number for a copy on each group of so many ranks.
+        amp: run the forward pass under autocast.
+        amp_dtype: of autocast, "bfloat16" or "float16"; float16 scales the loss.
+        frozen_dtype: what the frozen weights of Linear layers and convolutions are kept in; ``None`` for fp32. Needs
+            ``amp``.
+        activation_checkpointing: keep only the blocks' inputs for the backward pass, and run each block again there.
+        compile: backend of ``torch.compile`` for each block ("inductor"); ``None`` for none.
+        timeout: seconds without progress after which a run with several ranks is ended.
     """
 
     type: str = "ddp"
     zero_stage: int = 2
+    offload: bool = False
+    deepspeed: dict[str, Any] | str | None = None
+    shard_size: int | None = None
     amp: bool = False
+    amp_dtype: str = "bfloat16"
+    frozen_dtype: str | None = None
+    activation_checkpointing: bool = False
+    compile: str | None = None
+    timeout: float = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What a run tells while it goes on.
+
+    Attributes:
+        backends: mmengine's visualisation backends that get the curves: ``dict(type="TensorboardVisBackend")``,
+            ``WandbVisBackend``, ``MLflowVisBackend`` with their arguments.
+        interval: steps between two points of the curves.
+        rank_files: write each rank's whole log to ``logs/rank-N.log`` in the work dir.
+        profile_steps: how many steps torch's profiler records, after a few of warm-up; 0 for none.
+        memory_snapshot: record the GPU's allocations over the same steps, for https://pytorch.org/memory_viz.
+    """
+
+    backends: list[dict[str, Any]] = field(default_factory=lambda: [{"type": "TensorboardVisBackend"}])
+    interval: int = 10
+    rank_files: bool = False
+    profile_steps: int = 0
+    memory_snapshot: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +177,7 @@ class RunConfig:
     train: TrainConfig
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     custom_imports: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     work_dir: str = ""
@@ -253,7 +300,7 @@ def _has_default(item: Any) -> bool:
 
 
 def _check_ranges(config: RunConfig) -> None:
-    train, sensitivity = config.train, config.sensitivity
+    train, sensitivity, engine = config.train, config.sensitivity, config.engine
     at_least_one = {
         "model.num_classes": config.model.num_classes,
         "train.epochs": train.epochs,
@@ -261,17 +308,22 @@ def _check_ranges(config: RunConfig) -> None:
         "train.eval_interval": train.eval_interval,
         "train.checkpoint_interval": train.checkpoint_interval,
         "train.keep_checkpoints": train.keep_checkpoints,
+        "train.accumulation": train.accumulation,
+        "train.checkpoint_steps": train.checkpoint_steps,
+        "engine.shard_size": engine.shard_size,
+        "log.interval": config.log.interval,
         "sensitivity.num_samples": sensitivity.num_samples,
         "sensitivity.batch_size": sensitivity.batch_size,
     }
     for name, value in at_least_one.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise UserError(f"config: {name}={value} has to be at least 1")
     not_negative = {
         "train.min_lr": train.min_lr,
         "train.warmup_lr": train.warmup_lr,
         "train.warmup_epochs": train.warmup_epochs,
         "train.weight_decay": train.weight_decay,
+        "log.profile_steps": config.log.profile_steps,
     }
     for name, number in not_negative.items():
         if not 0 <= number < math.inf:
@@ -280,6 +332,7 @@ def _check_ranges(config: RunConfig) -> None:
         "train.lr": train.lr,
         "train.clip_norm": train.clip_norm,
         "sensitivity.memory_limit_gib": sensitivity.memory_limit_gib,
+        "engine.timeout": engine.timeout,
     }
     for name, positive in above_zero.items():
         if positive is not None and not 0 < positive < math.inf:
@@ -289,6 +342,13 @@ def _check_ranges(config: RunConfig) -> None:
     lookup("sensitivity.sample_order", sensitivity.sample_order, dict.fromkeys(SAMPLE_ORDERS))
     if sensitivity.dtype is not None:
         lookup("sensitivity.dtype", sensitivity.dtype, dict.fromkeys(AUTOCAST_DTYPES))
+    lookup("engine.amp_dtype", engine.amp_dtype, dict.fromkeys(AUTOCAST_DTYPES))
+    if engine.frozen_dtype is not None:
+        lookup("engine.frozen_dtype", engine.frozen_dtype, dict.fromkeys(AUTOCAST_DTYPES))
+        if not engine.amp:
+            raise UserError("config: engine.frozen_dtype needs engine.amp=True, so that layers compute in that dtype")
+    if train.ema is not None and not 0 < train.ema < 1:
+        raise UserError(f"config: train.ema={train.ema} has to lie between 0 and 1; 0.9999 is usual")
     if not 0 <= config.seed < 2**31:
         raise UserError(f"config: seed={config.seed} has to lie between 0 and 2**31 - 1")
     for name in ("data", "method"):
