@@ -1,6 +1,7 @@
 """Work-arounds for the libraries below us, each with its reason."""
 
 import importlib.util
+import logging
 from pathlib import Path
 
 import torch
@@ -32,12 +33,15 @@ def declare_torchvision_ops() -> None:
             _torchvision_library.define(schema)
 
 
-def forbid_deepspeed_cpu_kernels() -> None:
-    """Keep DeepSpeed from compiling C++ at start-up on machines without an accelerator.
+def start_deepspeed() -> None:
+    """Let DeepSpeed find the process group, without compiling C++ on machines without an accelerator.
 
     ``deepspeed.init_distributed`` builds a shared-memory all-reduce on every CPU run: 38 s the first time, and a
     crash where ninja or g++ are missing. Gloo does the job.
     """
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed()

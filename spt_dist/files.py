@@ -1,17 +1,23 @@
 """Writing files so that a reader never sees a half-written one."""
 
+import errno
 import json
 import os
+import re
 import tempfile
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from spt_dist.errors import UserError
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
@@ -60,38 +66,86 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
         path: the file.
         tensors: any shapes and dtypes; copied to contiguous CPU memory.
         metadata: anything JSON can hold.
+
+    Raises:
+        OSError: as ``write_atomically``.
     """
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    text = {"format": "pt", "spt_dist": json.dumps(metadata)}
-    return write_atomically(path, lambda temporary: save_file(plain, temporary, metadata=text))
+    checksums = {name: _checksum(tensor) for name, tensor in plain.items()}
+    text = {"format": "pt", "spt_dist": json.dumps(metadata), "crc32": json.dumps(checksums)}
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(plain, temporary, metadata=text)
+        except SafetensorError as error:
+            # Its own class hides what the file system said.
+            found = _OS_ERROR.search(str(error))
+            raise OSError(int(found[1]) if found else errno.EIO, str(error), str(path)) from error
+
+    return write_atomically(path, write)
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """A file that ``save_tensors`` wrote: name -> tensor on the CPU, each read, and checked, when it is asked for.
+
+    Attributes:
+        metadata: what was given to ``save_tensors``.
+    """
+
+    def __init__(self, path: str | Path, kind: str) -> None:
+        """Open a file.
+
+        Args:
+            path: the file.
+            kind: what the file must say it is in its metadata's ``kind`` ("plan", "delta", "checkpoint").
+
+        Raises:
+            UserError: the file is missing, truncated, no safetensors file, or of another kind.
+        """
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"{path}: no such file; expected a {kind} file")
+        try:
+            self._file = safe_open(self.path, framework="pt")
+            self._names = dict.fromkeys(self._file.keys())
+            written = self._file.metadata() or {}
+            self.metadata: dict[str, Any] = json.loads(written.get("spt_dist", "{}"))
+            # Files of earlier versions have none.
+            self._checksums: dict[str, int] = json.loads(written.get("crc32", "{}"))
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise UserError(f"{path}: not a readable safetensors file ({error}); it may be truncated") from error
+        found = self.metadata.get("kind")
+        if found != kind:
+            what = f"a {found} file" if found else "a safetensors file without spt_dist metadata"
+            raise UserError(f"{path}: this is {what}, not a {kind} file of spt_dist")
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: Tensor = self._file.get_tensor(name)
+        if _checksum(tensor) != self._checksums.get(name, _checksum(tensor)):
+            raise UserError(f"{self.path}: {name} is not what was written; the file is damaged, take another copy")
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what ``save_tensors`` wrote.
-
-    Args:
-        path: the file.
-        kind: what the file must say it is in its metadata's ``kind`` ("plan", "delta", "checkpoint").
-
-    Returns:
-        The tensors on the CPU, and the metadata.
+    """Read all of a file that ``save_tensors`` wrote: its tensors and its metadata.
 
     Raises:
-        UserError: the file is missing, truncated, no safetensors file, or of another kind.
+        UserError: as ``TensorFile``; or a tensor is damaged.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a {kind} file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("spt_dist", "{}"))
-            found = metadata.get("kind")
-            if found != kind:
-                what = f"a {found} file" if found else "a safetensors file without spt_dist metadata"
-                raise UserError(f"{path}: this is {what}, not a {kind} file of spt_dist")
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}); it may be truncated") from error
+    file = TensorFile(path, kind)
+    return dict(file), file.metadata
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _sync(path: Path) -> None:

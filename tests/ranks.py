@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
 # Children then start from a process that has imported everything, instead of importing it each.
-_context.set_forkserver_preload(["spt_dist", "timm"])
+_context.set_forkserver_preload(["spt_dist", "timm", "deepspeed"])
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:

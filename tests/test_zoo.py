@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
 import spt_dist
-from spt_dist.models.checkpoints import load_backbone_state
+from spt_dist.models.checkpoints import load_backbone
 from spt_dist.tuning.methods import make_plan
 from tests.models_for_tests import pick
 from tests.sensitivity.oracle import one_by_one, relative_error
@@ -64,17 +65,19 @@ def test_the_whole_way(tmp_path: Path, kind: str) -> None:
     assert torch.equal(spt_dist.load_delta(make_model(kind)[0], tmp_path / "task.safetensors")(images), outputs)
 
 
-def test_only_the_head_of_a_file_is_left_out() -> None:
+def test_only_the_head_of_a_file_is_left_out(tmp_path: Path) -> None:
     """ConvNeXt keeps its last norm under ``head``: it belongs to the backbone."""
     model, _ = make_model("convolutions")
     state = {name: value + 1 for name, value in model.state_dict().items()}
     head = model.get_parameter("head.fc.weight").clone()
-    load_backbone_state(model, state, "a file")
+    save_file(state, tmp_path / "whole.safetensors")
+    load_backbone(model, str(tmp_path / "whole.safetensors"))
     assert torch.equal(model.get_parameter("head.norm.weight"), state["head.norm.weight"])
     assert torch.equal(model.get_parameter("head.fc.weight"), head)
     del state["head.norm.weight"]
+    save_file(state, tmp_path / "part.safetensors")
     with pytest.raises(spt_dist.UserError, match=r"head\.norm\.weight"):
-        load_backbone_state(model, state, "a file")
+        load_backbone(model, str(tmp_path / "part.safetensors"))
 
 
 def test_weights_that_are_read_past_their_layer_are_not_tuned() -> None:

@@ -18,12 +18,23 @@ class Batch:
         targets: ``(B,)``.
         weights: fp32 ``(B,)``: 1 for a sample, 0 for one that only fills up the rank's part.
         num_global: samples of the global batch, over all ranks.
+        samples: ids of the samples in the data set.
     """
 
     inputs: Tensor
     targets: Tensor
     weights: Tensor
     num_global: int
+    samples: list[int]
+
+    def split(self, num_parts: int) -> "list[Batch]":
+        """Equal parts of it, of the same global batch; fewer where there are fewer samples."""
+        size = -(-len(self.samples) // num_parts)
+        cuts = [slice(start, start + size) for start in range(0, len(self.samples), size)]
+        return [
+            Batch(self.inputs[cut], self.targets[cut], self.weights[cut], self.num_global, self.samples[cut])
+            for cut in cuts
+        ]
 
 
 @dataclass(frozen=True)
@@ -94,5 +105,5 @@ def load_batches(
     """
     dealt = list(batches)
     loader = DataLoader(dataset, batch_sampler=[indices for indices, _, _ in dealt])
-    for (inputs, targets), (_, weights, num_global) in zip(loader, dealt, strict=True):
-        yield Batch(inputs.to(device), targets.to(device), torch.tensor(weights, device=device), num_global)
+    for (inputs, targets), (samples, weights, num_global) in zip(loader, dealt, strict=True):
+        yield Batch(inputs.to(device), targets.to(device), torch.tensor(weights, device=device), num_global, samples)

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from spt_dist.errors import UserError
 from spt_dist.models.layers import is_linear
+from spt_dist.models.sharded import whole_shape
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,6 @@ def take_inventory(model: nn.Module) -> Inventory:
             else:
                 parameters += _split(module_name, module, parameter_name, whole_shape(parameter))
     return Inventory(parameters, skipped, head, always_tuned, size)
-
-
-def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """A parameter's shape, also where an engine has spread it over the ranks (FSDP2, ZeRO-3)."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def find_heads(model: nn.Module) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 from typing import Any
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -19,8 +18,3 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether the model's parameters are spread over the ranks (FSDP2, ZeRO-3), so that every forward is collective."""
-    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_shape") for parameter in model.parameters())

@@ -1,86 +1,126 @@
 """Checkpoints: what changes in a run and nothing else, in one file that any engine can load.
 
 ``WORK_DIR/checkpoints/step-00000120.safetensors`` holds the trained parameters and their moments, the plan, and the
-fingerprint of the backbone. ``latest`` names the last complete one: it is written after the file it names.
+fingerprint of the backbone. ``latest`` names the last complete one, ``best`` the one that was best at its evaluation:
+both are written after the file they name.
 """
 
+import logging
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from spt_dist.allocation.plan import Plan
 from spt_dist.errors import UserError
-from spt_dist.files import load_tensors, save_tensors, write_text
+from spt_dist.files import TensorFile, save_tensors, write_text
 
-# Version 1 had another name for structured modules.
-FORMAT_VERSION = 2
+# Version 1 had another name for structured modules; 2 did not say which run it was of.
+FORMAT_VERSION = 3
 _STATE_PREFIX = "engine/"
+_NAME = re.compile(r"step-(\d{8,})\.safetensors")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class SampleOrder:
-    """What the order of the samples hangs on: a run can only be resumed with the same.
+class RunIdentity:
+    """What a run has to have in common with the one that it goes on with.
 
     Attributes:
         seed: of the run.
         batch_size: samples in a step over all ranks.
         num_train: training samples.
+        model: architecture and number of classes.
+        method: the config's section.
+        schedule: what else the loss curve depends on; another one is taken, with a warning.
     """
 
     seed: int
     batch_size: int
     num_train: int
+    model: dict[str, Any]
+    method: dict[str, Any]
+    schedule: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        num_steps: optimizer steps done.
+        best_top1: highest accuracy of an evaluation, if there was one.
+        best_step: the steps before that evaluation.
+    """
+
+    num_steps: int = 0
+    best_top1: float | None = None
+    best_step: int | None = None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory.
+    """An open checkpoint.
 
     Attributes:
-        state: from ``Engine.gather_state``.
+        state: from ``Engine.gather_state`` and the trainer; a tensor is read when it is asked for.
         plan: the plan of the run.
         fingerprint: of the untouched backbone.
-        num_steps: optimizer steps done.
-        order: of the samples.
+        progress: how far the run was.
+        identity: of the run.
         path: the file.
     """
 
-    state: dict[str, Tensor]
+    state: Mapping[str, Tensor]
     plan: Plan
     fingerprint: str
-    num_steps: int
-    order: SampleOrder
+    progress: Progress
+    identity: RunIdentity
     path: Path
 
-    def check_order(self, order: SampleOrder) -> None:
-        """Refuse to go on with the samples in another order.
+    def check(self, identity: RunIdentity, fingerprint: str) -> None:
+        """Refuse to go on with another run's checkpoint, and warn of another schedule.
 
         Raises:
             UserError: names what differs.
         """
-        mine, other = asdict(self.order), asdict(order)
-        for name, value in mine.items():
-            if value != other[name]:
-                raise UserError(
-                    f"{self.path}: written by a run with {name}={value}, this one has {name}={other[name]}; "
-                    "resume with the same, or start a new run without --resume"
-                )
+        if self.fingerprint != fingerprint:
+            raise UserError(f"{self.path}: belongs to a backbone with other weights; check model.checkpoint")
+        mine, other = asdict(self.identity), asdict(identity)
+        mine_schedule, other_schedule = mine.pop("schedule"), other.pop("schedule")
+        for key, (old, new) in _differences(mine, other).items():
+            raise UserError(
+                f"{self.path}: written by a run with {key}={old!r}, this one has {key}={new!r}; "
+                "resume with the same, or start a new run without --resume"
+            )
+        for key, (old, new) in _differences(mine_schedule, other_schedule).items():
+            logger.warning("%s was written with %s=%r; going on with %r", self.path, key, old, new)
 
 
 def save_checkpoint(
-    directory: Path, state: dict[str, Tensor], tuned: nn.Module, num_steps: int, order: SampleOrder, keep: int
+    directory: Path,
+    state: Mapping[str, Tensor],
+    tuned: nn.Module,
+    progress: Progress,
+    identity: RunIdentity,
+    keep: int,
 ) -> Path:
-    """Write a checkpoint, point ``latest`` at it and delete all but the last ``keep``. On rank 0 only.
+    """Write a checkpoint, point ``latest`` at it, and delete all but the last ``keep`` and the best. On rank 0 only.
 
     Args:
         directory: where the run keeps its checkpoints.
         state: from ``Engine.gather_state``.
         tuned: the injected model, for its plan and fingerprint.
-        num_steps: optimizer steps done.
-        order: of the samples.
+        progress: how far the run is.
+        identity: of the run.
         keep: how many checkpoints stay.
+
+    Raises:
+        OSError: from the file system; what was there before is still there.
     """
     plan = tuned.spt_plan
     assert isinstance(plan, Plan)
@@ -90,52 +130,130 @@ def save_checkpoint(
         "version": FORMAT_VERSION,
         "plan": plan_metadata,
         "fingerprint": tuned.spt_fingerprint,
-        "num_steps": num_steps,
-        "order": asdict(order),
+        "progress": asdict(progress),
+        "identity": asdict(identity),
     }
     tensors = plan_tensors | {_STATE_PREFIX + name: value for name, value in state.items()}
-    path = save_tensors(directory / f"step-{num_steps:08d}.safetensors", tensors, metadata)
+    path = save_tensors(directory / f"step-{progress.num_steps:08d}.safetensors", tensors, metadata)
     write_text(directory / "latest", path.name)
-    for old in sorted(directory.glob("step-*.safetensors"))[:-keep]:
-        if old != path:
-            old.unlink()
+    _delete_old(directory, keep)
     return path
 
 
-def find_checkpoint(resume: str, directory: Path) -> Path | None:
-    """The file that ``--resume`` means: "auto" is the latest in ``directory``, or ``None`` if there is none.
+def mark_best(directory: Path, path: Path) -> None:
+    """Point ``best`` at a checkpoint, which is then kept. On rank 0 only."""
+    write_text(directory / "best", path.name)
+
+
+def find_checkpoint(resume: str | None, directory: Path) -> Checkpoint | None:
+    """Open the checkpoint that ``--resume`` means, the same on every rank. Collective.
+
+    "auto" is the latest in ``directory``, or ``None`` if there is none. Where it is damaged, the one before it is
+    taken, with a warning.
 
     Raises:
-        UserError: a path that does not exist, or a ``latest`` that points nowhere.
+        UserError: a path that does not exist, or is damaged; or "auto", and all there are are damaged.
     """
-    if resume != "auto":
-        path = Path(resume)
-        if not path.is_file():
-            raise UserError(f"--resume {resume}: no such checkpoint file")
-        return path
-    pointer = directory / "latest"
-    if not pointer.is_file():
+    if resume is None:
         return None
-    path = directory / pointer.read_text(encoding="utf-8").strip()
-    if not path.is_file():
-        raise UserError(f"{pointer}: names {path.name}, which does not exist; give --resume a checkpoint file")
-    return path
+    found: list[Path | UserError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [_find_latest(directory) if resume == "auto" else _check_file(Path(resume), f"--resume {resume}")]
+        except UserError as error:
+            found = [error]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return None if found[0] is None else load_checkpoint(found[0])
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint.
+    """Open a checkpoint.
 
     Raises:
-        UserError: the file is truncated, of another kind or version.
+        UserError: the file is missing, truncated, of another kind or version, or under another's name.
     """
-    tensors, metadata = load_tensors(path, "checkpoint")
+    file = TensorFile(path, "checkpoint")
+    metadata = file.metadata
     if metadata.get("version") != FORMAT_VERSION:
         raise UserError(
             f"{path}: checkpoint of version {metadata.get('version')}, this spt_dist reads {FORMAT_VERSION}"
         )
-    state = {
-        name.removeprefix(_STATE_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(_STATE_PREFIX)
-    }
-    plan = Plan.from_tensors(tensors, metadata["plan"], path)
-    order = SampleOrder(**metadata["order"])
-    return Checkpoint(state, plan, metadata["fingerprint"], metadata["num_steps"], order, path)
+    progress = Progress(**metadata["progress"])
+    named = _NAME.fullmatch(path.name)
+    if named is not None and int(named[1]) != progress.num_steps:
+        raise UserError(f"{path}: holds the state after {progress.num_steps} steps; it was swapped for another file")
+    plan_tensors = {name: file[name] for name in file if not name.startswith(_STATE_PREFIX)}
+    return Checkpoint(
+        state=_State(file),
+        plan=Plan.from_tensors(plan_tensors, metadata["plan"], path),
+        fingerprint=metadata["fingerprint"],
+        progress=progress,
+        identity=RunIdentity(**metadata["identity"]),
+        path=path,
+    )
+
+
+class _State(Mapping[str, Tensor]):
+    """The part of a checkpoint that engines know."""
+
+    def __init__(self, file: TensorFile) -> None:
+        self._file = file
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file[_STATE_PREFIX + name]
+
+    def __iter__(self) -> Any:
+        return (name.removeprefix(_STATE_PREFIX) for name in self._file if name.startswith(_STATE_PREFIX))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _find_latest(directory: Path) -> Path | None:
+    pointer = directory / "latest"
+    if not pointer.is_file():
+        return None
+    named = directory / pointer.read_text(encoding="utf-8").strip()
+    others = [path for path in sorted(directory.glob("step-*.safetensors"), reverse=True) if path != named]
+    first: UserError | None = None
+    for path in [named, *others]:
+        try:
+            return _check_file(path, str(pointer))
+        except UserError as error:
+            logger.warning("%s; trying the checkpoint before it", error)
+            first = first or error
+    raise UserError(f"{first}; no other checkpoint in {directory} is whole: start a new run without --resume")
+
+
+def _check_file(path: Path, named_by: str) -> Path:
+    """The path of a file that can be read to its end."""
+    if not path.is_file():
+        raise UserError(f"{named_by}: there is no checkpoint file {path}")
+    for _ in load_checkpoint(path).state.values():
+        pass
+    return path
+
+
+def _delete_old(directory: Path, keep: int) -> None:
+    kept = {path.read_text(encoding="utf-8") for path in (directory / "best", directory / "latest") if path.is_file()}
+    for old in sorted(directory.glob("step-*.safetensors"))[:-keep]:
+        if old.name not in kept:
+            old.unlink()
+    # What a run left that was killed while it wrote.
+    for unfinished in directory.glob(".step-*"):
+        unfinished.unlink()
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> both values, of what differs between two nested dicts."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in {**old, **new}:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found |= _differences(before, after, f"{prefix}{key}.")
+        # A config's tuple comes back from JSON as a list.
+        elif before != (list(after) if isinstance(after, tuple) else after):
+            found[prefix + key] = (before, after)
+    return found

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from spt_dist.errors import UserError
-from spt_dist.models.wrappers import is_sharded
+from spt_dist.models.sharded import is_sharded
 from spt_dist.sensitivity.nested import map_tensors, tensors
 
 # Names of torch functions, in-place and reflected forms included, that work element by element and broadcast.

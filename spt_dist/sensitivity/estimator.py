@@ -15,7 +15,8 @@ from torch import nn
 
 from spt_dist.errors import UserError
 from spt_dist.models.matrices import take_inventory
-from spt_dist.models.wrappers import is_sharded, unwrap
+from spt_dist.models.sharded import is_sharded
+from spt_dist.models.wrappers import unwrap
 from spt_dist.sensitivity.agreement import announce_failure, exchange
 from spt_dist.sensitivity.diagnosis import NotFiniteError, explain
 from spt_dist.sensitivity.losses import LossFunction

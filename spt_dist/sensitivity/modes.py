@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spt_dist.models.wrappers import is_sharded
+from spt_dist.models.sharded import is_sharded
 
 
 @contextmanager

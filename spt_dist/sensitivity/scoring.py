@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from spt_dist.errors import UserError
-from spt_dist.models.matrices import Inventory, LogicalParameter, whole_shape
-from spt_dist.models.wrappers import is_sharded
+from spt_dist.models.matrices import Inventory, LogicalParameter
+from spt_dist.models.sharded import is_sharded, whole_shape
 from spt_dist.sensitivity.agreement import exchange
 from spt_dist.sensitivity.buffers import Buffer, Unit, make_buffer
 from spt_dist.sensitivity.direct import DirectUses

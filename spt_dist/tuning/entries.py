@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spt_dist.models.sharded import is_part
+
 
 class EntryDelta(nn.Module):
     """Trainable additions to chosen entries of a tensor, zero at first."""
@@ -81,7 +83,14 @@ def _tuned_class(plain: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modu
 
 def _reader(name: str) -> property:
     # An AttributeError in here would let nn.Module hand out the bare parameter without a word.
-    return property(lambda module: module._modules[holder_name(name)](module._parameters[name]))
+    def read(module: nn.Module) -> Tensor:
+        parameter, delta = module._parameters[name], module._modules[holder_name(name)]
+        assert parameter is not None and delta is not None
+        # Engines that spread parameters look at them between the layer's runs.
+        whole: Tensor = parameter if is_part(parameter) else delta(parameter)
+        return whole
+
+    return property(read)
 
 
 def _new_module(plain: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

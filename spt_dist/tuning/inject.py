@@ -14,6 +14,7 @@ from spt_dist.errors import UserError
 from spt_dist.models.fingerprint import fingerprint
 from spt_dist.models.layers import is_linear
 from spt_dist.models.matrices import LogicalParameter, own_name_of, parent_of, take_inventory
+from spt_dist.models.sharded import whole_shape, whole_value
 from spt_dist.tables import format_table
 from spt_dist.tuning.entries import EntryDelta, holder_name, tune_entries
 from spt_dist.tuning.layers import TunedLinear
@@ -98,7 +99,7 @@ def install(model: nn.Module, plan: Plan, modules: dict[str, nn.Module], backbon
     from spt_dist.tuning.mlp import spare_activations
 
     in_place = [] if plan.num_in_place == plan.backbone_size else plan.parameters
-    originals = {name: model.get_parameter(name).detach().clone() for name in in_place}
+    originals = {name: whole_value(model.get_parameter(name)).clone() for name in in_place}
     model.requires_grad_(False)
     place_modules(model, modules)
     spare_activations(model)
@@ -160,8 +161,8 @@ def _takes_block(kind: str) -> bool:
 def _make_prompts(model: nn.Module, name: str, plan: Plan) -> nn.Module:
     block = check_block(model, name)
     wanted, weight = plan.shapes[name], block.get_parameter("norm1.weight")
-    if wanted != tuple(weight.shape):
-        raise UserError(f"plan: prompts for {name} have width {wanted}, this model's blocks {tuple(weight.shape)}")
+    if wanted != whole_shape(weight):
+        raise UserError(f"plan: prompts for {name} have width {wanted}, this model's blocks {whole_shape(weight)}")
     options = plan.modules
     return Prompts(plan.rank, wanted[0], options.init, options.dropout, weight.device).train(block.training)
 
@@ -201,8 +202,8 @@ def _check_own_parameters(model: nn.Module, plan: Plan) -> None:
             raise UserError(
                 f"plan: {name} is no parameter of this {type(model).__name__}; the plan is for another model"
             )
-        if name in plan.shapes and plan.shapes[name] != tuple(own[name].shape):
-            raise UserError(f"plan: {name} has shape {plan.shapes[name]}, this model's has {tuple(own[name].shape)}")
+        if name in plan.shapes and plan.shapes[name] != whole_shape(own[name]):
+            raise UserError(f"plan: {name} has shape {plan.shapes[name]}, this model's has {whole_shape(own[name])}")
 
 
 def _tune_linear(linear: nn.Linear, parameters: list[LogicalParameter], plan: Plan) -> TunedLinear:
@@ -218,7 +219,7 @@ def _tune_linear(linear: nn.Linear, parameters: list[LogicalParameter], plan: Pl
     biases: list[Tensor] = []
     for parameter in parameters:
         if parameter.name in plan.matrices:
-            key = parameter.name.split(".")[-2] if parameter.numel < linear.weight.numel() else "whole"
+            key = parameter.name.split(".")[-2] if parameter.shape[0] < linear.out_features else "whole"
             spec = ModuleSpec(linear.in_features, parameter.shape[0], plan.rank, options.init, is_parallel, device)
             tuned.add_structured(key, parameter.rows, make_module(plan.matrices[parameter.name], spec))
         else:

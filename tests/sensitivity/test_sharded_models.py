@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from spt_dist import UserError, estimate_sensitivity
-from spt_dist.compat import forbid_deepspeed_cpu_kernels
+from spt_dist.compat import start_deepspeed
 from tests.models_for_tests import make_samples, make_vit, pick
 from tests.ranks import run_ranks
 from tests.sensitivity.oracle import one_by_one, relative_error
@@ -39,7 +39,7 @@ def wrap(model: nn.Module, how: str) -> nn.Module:
     if how.startswith("zero"):
         import deepspeed
 
-        forbid_deepspeed_cpu_kernels()
+        start_deepspeed()
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "gradient_clipping": 0.0}
         optimizer = torch.optim.AdamW(model.parameters())
         engine: nn.Module = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]

@@ -1,13 +1,20 @@
-"""DeepSpeed's ZeRO 0 to 2: whole parameters on every rank, gradients and optimizer state shared out."""
+"""DeepSpeed's ZeRO: 0 to 2 keep the weights whole on each rank, 3 spreads them too."""
 
-import logging
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from spt_dist.compat import forbid_deepspeed_cpu_kernels
-from spt_dist.parallel.engines.base import MOMENTS, Engine, OptimizerSettings, build_adamw
+from spt_dist.compat import start_deepspeed
+from spt_dist.config import EngineConfig
+from spt_dist.models.sharded import whole_shape
+from spt_dist.parallel.engines.base import MOMENTS, Engine, OptimizerSettings, State, build_adamw, keep_on_rank_0
+from spt_dist.parallel.engines.deepspeed_config import deepspeed_config
 from spt_dist.tuning.inject import trainable_parameters
 
 
@@ -15,22 +22,17 @@ class DeepSpeedEngine(Engine):
     """A DeepSpeed engine around our own model and AdamW."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        settings: OptimizerSettings,
-        device: torch.device,
-        zero_stage: int = 2,
-        amp: bool = False,
+        self, model: nn.Module, settings: OptimizerSettings, device: torch.device, config: EngineConfig
     ) -> None:
         import deepspeed
 
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        if device.type == "cpu":
-            forbid_deepspeed_cpu_kernels()
-        deepspeed.init_distributed()
-        self.zero_stage = zero_stage
+        start_deepspeed()
+        self.zero_stage, self.accumulation = config.zero_stage, settings.accumulation
+        self.skips_overflow = False
         self.engine, self.optimizer, *_ = deepspeed.initialize(
-            model=model, optimizer=build_adamw(model, settings), config=_deepspeed_config(settings, zero_stage, amp)
+            model=model,
+            optimizer=build_adamw(model, settings),
+            config=deepspeed_config(config, settings.clip_norm, settings.accumulation),
         )
         self.module = self.engine.module
 
@@ -39,9 +41,15 @@ class DeepSpeedEngine(Engine):
         outputs: Tensor = self.engine(inputs)
         return outputs
 
+    def passing(self, is_last: bool) -> AbstractContextManager[None]:
+        """Tell DeepSpeed which pass is the last: it may come early, where a batch has few samples."""
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        return nullcontext()
+
     def backward(self, loss: Tensor) -> None:
         """Backward pass; DeepSpeed reduces the gradients to their owners."""
-        self.engine.backward(loss)
+        # DeepSpeed takes the mean over the passes of a step, and this is a part of a sum.
+        self.engine.backward(loss * self.accumulation)
 
     def step(self) -> float:
         """Let DeepSpeed clip, step and broadcast the updated parameters."""
@@ -53,42 +61,41 @@ class DeepSpeedEngine(Engine):
         self.engine.step()
         return float(self.engine.get_global_grad_norm() if norm is None else norm)
 
-    def gather_state(self) -> dict[str, Tensor]:
-        """The fp32 masters and their moments, gathered from the ranks that own them."""
-        state = {}
-        has_moments = self.engine.global_steps > 0
-        self._link_moments()
+    def trained(self) -> Iterator[tuple[str, Tensor]]:
+        """The fp32 masters, gathered from the ranks that own them."""
         for name, parameter in trainable_parameters(self.module):
-            values = {"param": self._whole(parameter, None)}
-            if has_moments:
-                values |= {moment: self._whole(parameter, moment) for moment in MOMENTS}
-            for kind, value in values.items():
-                state[f"{kind}/{name}"] = value.detach().float().cpu().reshape(parameter.shape).clone()
-        return state
+            yield name, self._whole(parameter, None)
+
+    def gather_state(self) -> State:
+        """The fp32 masters and their moments, gathered from the ranks that own them."""
+        self._link_moments()
+        steps = [state["step"] for state in self.engine.basic_optimizer.state.values() if "step" in state][:1]
+        moments = (
+            (f"{moment}/{name}", self._whole(parameter, moment))
+            for name, parameter in trainable_parameters(self.module)
+            if steps
+            for moment in MOMENTS
+        )
+        parameters = ((f"param/{name}", value) for name, value in self.trained())
+        return keep_on_rank_0(chain(parameters, moments, (("optimizer/step", step) for step in steps)))
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, Tensor], num_steps: int) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Write masters, moments and the parameters that the next forward pass will use."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
+        steps = state.get("optimizer/step")
         base = self.engine.basic_optimizer
-        if self.zero_stage and num_steps:
+        if self.zero_stage and steps is not None:
             # Moments exist only after a step, and the setters below need them to.
-            for partition in self.optimizer.single_partition_of_fp32_groups:
+            for partition in self._partitions():
                 base.state[partition] = {moment: torch.zeros_like(partition) for moment in MOMENTS}
             self._link_moments()
         for name, parameter in trainable_parameters(self.module):
-            parameter.copy_(state[f"param/{name}"])
-            moments = {moment: state[f"{moment}/{name}"].to(parameter) for moment in MOMENTS} if num_steps else {}
-            if not self.zero_stage:
-                base.state[parameter] = moments
-                continue
-            safe_set_full_fp32_param(parameter, state[f"param/{name}"].to(parameter.device))
-            for moment, value in moments.items():
-                safe_set_full_optimizer_state(parameter, value, moment)
-        for moments in base.state.values():
-            moments["step"] = torch.tensor(float(num_steps))
-        self.engine.global_steps = num_steps
+            moments = {moment: state[f"{moment}/{name}"] for moment in MOMENTS} if steps is not None else {}
+            self._write(parameter, state[f"param/{name}"], moments)
+        if steps is not None:
+            for moments in base.state.values():
+                moments["step"] = steps.clone()
+            self.engine.global_steps = int(steps)
 
     def _whole(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
         """The fp32 parameter, or one of its moments, gathered from its owners."""
@@ -100,27 +107,54 @@ class DeepSpeedEngine(Engine):
         value = (
             safe_get_full_fp32_param(parameter) if moment is None else safe_get_full_optimizer_state(parameter, moment)
         )
-        return value
+        return value.detach().reshape(whole_shape(parameter))
+
+    def _write(self, parameter: nn.Parameter, value: Tensor, moments: State) -> None:
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
+
+        moments = {moment: tensor.to(parameter.device) for moment, tensor in moments.items()}
+        if self.zero_stage == 3:
+            import deepspeed
+
+            # The setters of whole values fail in 0.19.8 where the ranks' parts are not of one size.
+            safe_set_local_fp32_param(parameter, _own_part(value.to(parameter.device)))
+            for moment, tensor in moments.items():
+                safe_set_local_optimizer_state(parameter, _own_part(tensor), moment)
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.copy_(value)
+            return
+        parameter.copy_(value)
+        if not self.zero_stage:
+            if moments:
+                self.engine.basic_optimizer.state[parameter] = moments
+            return
+        safe_set_full_fp32_param(parameter, value.to(parameter.device))
+        for moment, tensor in moments.items():
+            safe_set_full_optimizer_state(parameter, tensor, moment)
+
+    def _partitions(self) -> list[Tensor]:
+        """What DeepSpeed's optimizer steps on this rank: fp32 parts of groups of parameters."""
+        name = "fp32_partitioned_groups_flat" if self.zero_stage == 3 else "single_partition_of_fp32_groups"
+        partitions: list[Tensor] = getattr(self.optimizer, name)
+        return partitions
 
     def _link_moments(self) -> None:
         """Let DeepSpeed's accessors find the moments of every parameter group.
 
         0.19.8 links them after the step of the first group only and then considers it done.
         """
-        if self.zero_stage:
+        if self.zero_stage in (1, 2):
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _deepspeed_config(settings: OptimizerSettings, zero_stage: int, amp: bool) -> dict[str, Any]:
-    return {
-        # The loss is normalised by the global number of samples before DeepSpeed sees it, so this is only formal.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        # Left out, 0.19.8 would clip at 1.0.
-        "gradient_clipping": settings.clip_norm or 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": zero_stage},
-        "torch_autocast": {"enabled": amp, "dtype": "bfloat16"},
-        "steps_per_print": 1 << 60,
-    }
+def _own_part(value: Tensor) -> Tensor:
+    """This rank's part of a flat value, with zeros behind the last rank's."""
+    flat, ranks = value.flatten(), dist.get_world_size()
+    size = -(-len(flat) // ranks)
+    return F.pad(flat, (0, size * ranks - len(flat)))[dist.get_rank() * size :][:size]

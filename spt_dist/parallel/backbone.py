@@ -1,0 +1,197 @@
+"""Building a backbone in the form that an engine wants: whole on each rank, or spread over the ranks from the start.
+
+A backbone that is spread is never whole anywhere: its modules are made on torch's meta device, and get their weights
+from the checkpoint once they are spread (FSDP2; each rank reads its own rows only) or layer by layer (ZeRO-3).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from timm.models._manipulate import reinit_non_persistent_buffers
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from spt_dist.compat import start_deepspeed
+from spt_dist.config import EngineConfig, ModelConfig
+from spt_dist.errors import UserError
+from spt_dist.models.checkpoints import WeightsFile, backbone_state, load_backbone
+from spt_dist.models.classifier import build_classifier, create_model, head_values
+from spt_dist.models.fingerprint import fingerprint, hash_tensors
+from spt_dist.models.matrices import take_inventory
+from spt_dist.models.precision import shorten_frozen
+from spt_dist.models.sharded import fill
+from spt_dist.parallel.engines.deepspeed_config import deepspeed_config
+from spt_dist.parallel.units import find_units
+from spt_dist.tuning.inject import is_tuned, trainable_parameters
+
+WHOLE, FSDP, ZERO3 = "whole", "fsdp", "zero3"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A pre-trained model with a fresh head, and the fingerprint of its weights as the checkpoint has them."""
+
+    model: nn.Module
+    fingerprint: str
+
+
+def training_form(engine: EngineConfig) -> str:
+    """How the backbone lies on the ranks while it is trained."""
+    if engine.type == "fsdp":
+        return FSDP
+    return ZERO3 if engine.type == "deepspeed" and engine.zero_stage == 3 else WHOLE
+
+
+def scoring_form(engine: EngineConfig) -> str:
+    """How the backbone lies on the ranks while it is scored: spread by FSDP2 where ZeRO-3 will train it."""
+    return WHOLE if training_form(engine) == WHOLE else FSDP
+
+
+def build_backbone(
+    config: ModelConfig, engine: EngineConfig, form: str, seed: int, device: torch.device, train_all: bool = False
+) -> Backbone:
+    """Build the pre-trained model, the same under every engine and on every number of ranks. Collective.
+
+    Args:
+        config: the model.
+        engine: for its ``shard_size``, ``frozen_dtype`` and DeepSpeed settings.
+        form: from ``training_form`` or ``scoring_form``.
+        seed: of the head, and of the whole model where there is no checkpoint.
+        device: this rank's.
+        train_all: whether all of the backbone will be trained, and not only its head, ``cls_token`` and what injection
+            adds, which are whole on every rank under FSDP2.
+
+    Raises:
+        UserError: as ``build_classifier``; or the ranks can't be cut into groups of ``shard_size``.
+    """
+    empty = create_model(config.name, config.num_classes, config.kwargs, torch.device("meta"))
+    weights = None if config.checkpoint is None else WeightsFile(config.checkpoint)
+    if form == WHOLE or weights is None or not _can_start_empty(empty):
+        model = build_classifier(config.name, config.num_classes, config.kwargs, config.checkpoint, seed)
+        found = fingerprint(model)
+        _prepare(model, engine, train_all)
+        if form == FSDP:
+            shard(model.to(device), engine.shard_size, device, train_all)
+        elif form == ZERO3:
+            partition(model.to(device), engine)
+        return Backbone(model.to(device), found)
+
+    weights.check(empty)
+    found = _hash_on_rank_0(weights, empty)
+    _prepare(empty, engine, train_all)
+    if form == FSDP:
+        shard(empty, engine.shard_size, device, train_all)
+        empty.to_empty(device=device)
+        load_backbone(empty, str(config.checkpoint))
+        for name, value in head_values(empty, seed).items():
+            fill(empty.get_parameter(name), value)
+    else:
+        partition(empty, engine, _reader(weights, empty, seed, device))
+    reinit_non_persistent_buffers(empty)
+    return Backbone(empty, found)
+
+
+def shard(model: nn.Module, shard_size: int | None, device: torch.device, train_all: bool = False) -> None:
+    """Spread a model over the ranks with FSDP2, block by block, in place, before or after its injection. Collective.
+
+    Args:
+        model: on its device, or on torch's meta device.
+        shard_size: see ``EngineConfig``.
+        device: this rank's.
+        train_all: see ``build_backbone``.
+
+    Raises:
+        UserError: the ranks can't be cut into groups of ``shard_size``.
+    """
+    mesh = _make_mesh(shard_size, device)
+    kept = set() if train_all else _trained_anyway(model)
+    for unit in [*find_units(model), model]:
+        # What stays gathered after an evaluation would miss the next update.
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
+
+
+def partition(model: nn.Module, engine: EngineConfig, read: Callable[[str, Tensor], Tensor] | None = None) -> None:
+    """Spread a model over the ranks as ZeRO-3 does, layer by layer, in place. Collective.
+
+    Args:
+        model: with its values, or on torch's meta device.
+        engine: for its DeepSpeed settings.
+        read: for a model on the meta device: name and empty tensor -> the value, on this rank's device.
+    """
+    import deepspeed
+
+    start_deepspeed()
+    settings = deepspeed_config(engine)
+    for name, module in model.named_modules():
+        carrier = nn.Module()
+        for own_name, parameter in list(module.named_parameters(recurse=False)):
+            if read is not None:
+                value = read(f"{name}.{own_name}".lstrip("."), parameter)
+                module.register_parameter(own_name, nn.Parameter(value, parameter.requires_grad))
+            carrier.register_parameter(own_name, module.get_parameter(own_name))
+        for own_name, buffer in list(module.named_buffers(recurse=False)):
+            if read is not None:
+                module._buffers[own_name] = read(f"{name}.{own_name}".lstrip("."), buffer)
+        if carrier._parameters:
+            deepspeed.zero.Init(module=carrier, config_dict_or_path=settings)
+
+
+def _trained_anyway(model: nn.Module) -> set[nn.Parameter]:
+    """What is trained beside a frozen backbone, as far as that is known."""
+    if is_tuned(model):
+        return {parameter for _, parameter in trainable_parameters(model)}
+    inventory = take_inventory(model)
+    return {model.get_parameter(name) for name in (*inventory.head, *inventory.always_tuned)}
+
+
+def _prepare(model: nn.Module, engine: EngineConfig, train_all: bool) -> None:
+    # FSDP2 makes whole parameters that keep this flag as it was at their first use.
+    model.requires_grad_(train_all)
+    if engine.frozen_dtype is not None:
+        shorten_frozen(model, getattr(torch, engine.frozen_dtype))
+
+
+def _can_start_empty(model: nn.Module) -> bool:
+    """Whether everything that is in no checkpoint can be computed again."""
+    return all(
+        hasattr(module, "init_non_persistent_buffers")
+        for module in model.modules()
+        if module._non_persistent_buffers_set
+    )
+
+
+def _reader(weights: WeightsFile, model: nn.Module, seed: int, device: torch.device) -> Callable[[str, Tensor], Tensor]:
+    backbone, head = backbone_state(model), head_values(model, seed)
+
+    def read(name: str, empty: Tensor) -> Tensor:
+        if name in head:
+            return head[name].to(device)
+        if name in backbone:
+            return weights.read(name).to(device, empty.dtype)
+        return torch.empty_like(empty, device=device)
+
+    return read
+
+
+def _hash_on_rank_0(weights: WeightsFile, model: nn.Module) -> str:
+    """As ``fingerprint`` of the model with these weights."""
+    found = [""]
+    if dist.get_rank() == 0:
+        found = [hash_tensors((n, weights.read(n).to(t.dtype)) for n, t in sorted(backbone_state(model).items()))]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def _make_mesh(shard_size: int | None, device: torch.device) -> DeviceMesh:
+    ranks = dist.get_world_size()
+    if shard_size is None or shard_size == ranks:
+        return init_device_mesh(device.type, (ranks,))
+    if ranks % shard_size:
+        raise UserError(
+            f"config: engine.shard_size={shard_size} does not divide the number of ranks, {ranks}; choose a divisor, "
+            "or None for all"
+        )
+    return init_device_mesh(device.type, (ranks // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))

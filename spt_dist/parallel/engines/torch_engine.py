@@ -1,0 +1,86 @@
+"""What the engines made of torch alone have in common: AdamW, autocast, loss scaling, and their state."""
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from spt_dist.config import EngineConfig
+from spt_dist.models.sharded import fill, whole_value
+from spt_dist.parallel.engines.base import MOMENTS, Engine, OptimizerSettings, State, build_adamw, keep_on_rank_0
+from spt_dist.parallel.engines.scaler import read_scaler, write_scaler
+from spt_dist.tuning.inject import trainable_parameters
+
+
+class TorchEngine(Engine):
+    """A model whose parameters torch's own optimizer can step; what is around it is for subclasses."""
+
+    def __init__(
+        self, model: nn.Module, settings: OptimizerSettings, device: torch.device, config: EngineConfig
+    ) -> None:
+        self.module = self.replica = model
+        self.device, self.clip_norm = device, settings.clip_norm
+        self.autocast = config.amp
+        self.dtype = getattr(torch, config.amp_dtype)
+        self.optimizer = build_adamw(model, settings)
+        self.skips_overflow = config.amp and config.amp_dtype == "float16"
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.skips_overflow)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Forward pass of this rank."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.autocast):
+            outputs: Tensor = self.replica(inputs)
+        return outputs
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward pass, of a scaled loss with float16."""
+        self.scaler.scale(loss).backward()
+
+    def step(self) -> float:
+        """Clip, step and drop the gradients, the same on every rank."""
+        self.average_gradients()
+        self.scaler.unscale_(self.optimizer)
+        parameters = [parameter for _, parameter in trainable_parameters(self.module)]
+        norm = float(whole_value(torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm or float("inf"))))
+        if self.skips_overflow or math.isfinite(norm):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def average_gradients(self) -> None:
+        """Average over the ranks what has not been averaged in the backward pass."""
+
+    def trained(self) -> Iterator[tuple[str, Tensor]]:
+        """The parameters, gathered where they are sharded."""
+        for name, parameter in trainable_parameters(self.module):
+            yield name, whole_value(parameter)
+
+    def gather_state(self) -> State:
+        """Parameters and moments, gathered one at a time where they are sharded."""
+        states = self.optimizer.state
+        moments = (
+            (f"{moment}/{name}", whole_value(states[parameter][moment]))
+            for name, parameter in trainable_parameters(self.module)
+            if parameter in states
+            for moment in MOMENTS
+        )
+        steps = (("optimizer/step", state["step"]) for state in list(states.values())[:1])
+        parameters = ((f"param/{name}", value) for name, value in self.trained())
+        return keep_on_rank_0(chain(parameters, moments, steps, read_scaler(self.scaler)))
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over parameters and moments; each rank keeps its own rows of what is sharded."""
+        steps = state.get("optimizer/step")
+        for name, parameter in trainable_parameters(self.module):
+            fill(parameter, state[f"param/{name}"])
+            if steps is None:
+                continue
+            moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+            for moment, value in moments.items():
+                fill(value, state[f"{moment}/{name}"])
+            self.optimizer.state[parameter] = {"step": steps.clone(), **moments}
+        write_scaler(self.scaler, state)

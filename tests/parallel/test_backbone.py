@@ -1,0 +1,136 @@
+"""Backbones that are spread over the ranks from the start, against whole ones."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from spt_dist import UserError
+from spt_dist.config import EngineConfig, ModelConfig
+from spt_dist.models.checkpoints import WeightsFile
+from spt_dist.models.classifier import build_classifier
+from spt_dist.models.fingerprint import fingerprint
+from spt_dist.models.sharded import is_part, whole_value
+from spt_dist.parallel.backbone import FSDP, WHOLE, ZERO3, build_backbone
+from tests.ranks import run_ranks
+from tests.tuning.plans_for_tests import SMALL_CONVNEXT, SMALL_SWIN
+
+CPU = torch.device("cpu")
+VIT: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "vit": ("vit_tiny_patch16_224", VIT, 16),
+    "registers": ("vit_tiny_patch16_224", VIT | {"reg_tokens": 2, "init_values": 0.1}, 16),
+    "windows": ("swin_tiny_patch4_window7_224", SMALL_SWIN, 56),
+    "convolutions": ("convnext_atto", SMALL_CONVNEXT, 128),
+    "relative positions": ("beit_base_patch16_224", VIT, 16),
+}
+
+
+def write_checkpoint(path: Path, family: str) -> ModelConfig:
+    """Random weights as a pre-trained checkpoint would come, and the config of the model."""
+    name, kwargs, _ = FAMILIES[family]
+    model = build_classifier(name, 5, kwargs)
+    torch.manual_seed(7)
+    state = {key: value + 0.1 * torch.randn_like(value) for key, value in model.state_dict().items()}
+    save_file({key: value for key, value in state.items() if not key.startswith("head.fc")}, path)
+    return ModelConfig(name=name, num_classes=5, kwargs=kwargs, checkpoint=str(path))
+
+
+def values_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer, whole."""
+    return {name: whole_value(value) for name, value in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def differences(config: ModelConfig, form: str, size: int, shard_size: int | None) -> tuple[list[str], int]:
+    """What of a spread model is not the whole one's; and how many weights this rank holds of it."""
+    zero = EngineConfig(type="deepspeed", zero_stage=3)
+    engine = zero if form == ZERO3 else EngineConfig(type="fsdp", shard_size=shard_size)
+    whole = build_backbone(config, EngineConfig(), WHOLE, 3, CPU)
+    spread = build_backbone(config, engine, form, 3, CPU)
+    expected, found = values_of(whole.model), values_of(spread.model)
+    assert expected.keys() == found.keys()
+    wrong = [name for name, value in expected.items() if not torch.equal(found[name], value)]
+    assert whole.fingerprint == spread.fingerprint == fingerprint(whole.model) == fingerprint(spread.model)
+    if form == FSDP:
+        images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            outputs = [backbone.model.eval()(images) for backbone in (whole, spread)]
+        wrong += [] if torch.allclose(*outputs, atol=1e-6) else ["outputs"]
+    parameters = list(spread.model.parameters())
+    held = sum(getattr(p, "ds_tensor", p.to_local() if hasattr(p, "to_local") else p).numel() for p in parameters)
+    return wrong, held
+
+
+CASES = [(family, 2) for family in FAMILIES] + [(family, size) for family in ("vit", "windows") for size in (1, 4)]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("form", [FSDP, ZERO3])
+@pytest.mark.parametrize(("family", "world_size"), CASES)
+def test_spread_as_it_is_loaded(tmp_path: Path, family: str, world_size: int, form: str) -> None:
+    config = write_checkpoint(tmp_path / "backbone.safetensors", family)
+    total = sum(p.numel() for p in build_classifier(config.name, 5, config.kwargs).parameters())
+    for wrong, held in run_ranks(differences, world_size, config, form, FAMILIES[family][2], None):
+        assert wrong == []
+        # Head and class token are whole under FSDP2, and ZeRO-3 rounds each part up.
+        assert total / world_size <= held + 600
+        assert held <= total / world_size + 600
+
+
+@pytest.mark.distributed
+def test_groups_of_ranks_share_a_copy(tmp_path: Path) -> None:
+    config = write_checkpoint(tmp_path / "backbone.safetensors", "vit")
+    total = sum(p.numel() for p in build_classifier(config.name, 5, config.kwargs).parameters())
+    for wrong, held in run_ranks(differences, 4, config, FSDP, 16, 2):
+        assert wrong == []
+        assert abs(held - total / 2) < 600
+    with pytest.raises(pytest.fail.Exception, match=r"shard_size=3 does not divide the number of ranks, 4"):
+        run_ranks(differences, 4, config, FSDP, 16, 3)
+
+
+def bytes_read(config: ModelConfig) -> tuple[int, int]:
+    """Bytes of weights that this rank reads in rows, and whole, to have a model spread by FSDP2."""
+    counts = {"read": 0, "read_rows": 0}
+    for method in counts:
+        original = getattr(WeightsFile, method)
+
+        def counted(self: WeightsFile, *args: Any, method: str = method, original: Any = original) -> Tensor:
+            tensor: Tensor = original(self, *args)
+            counts[method] += tensor.nbytes
+            return tensor
+
+        setattr(WeightsFile, method, counted)
+    model = build_backbone(config, EngineConfig(type="fsdp"), FSDP, 3, CPU).model
+    assert any(is_part(parameter) for parameter in model.parameters())
+    return counts["read_rows"], counts["read"]
+
+
+@pytest.mark.distributed
+def test_each_rank_reads_its_own_rows(tmp_path: Path) -> None:
+    path = tmp_path / "backbone.safetensors"
+    config = write_checkpoint(path, "vit")
+    size = path.stat().st_size
+    first, second = run_ranks(bytes_read, 2, config)
+    assert first[0] + second[0] == pytest.approx(size, rel=0.05)
+    assert second[0] < 0.6 * size
+    # Beside its rows: cls_token. Rank 0 hashes the file, tensor by tensor.
+    assert second[1] < 200
+    assert first[1] == pytest.approx(size, rel=0.1)
+
+
+def refuse(config: ModelConfig) -> str:
+    """What is said about a checkpoint that does not fit."""
+    with pytest.raises(UserError) as caught:
+        build_backbone(config, EngineConfig(type="fsdp"), FSDP, 3, CPU)
+    return str(caught.value)
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_of_another_model_is_refused_on_every_rank(tmp_path: Path) -> None:
+    config = write_checkpoint(tmp_path / "backbone.safetensors", "vit")
+    other = ModelConfig(**{**vars(config), "kwargs": VIT | {"embed_dim": 48}})
+    for message in run_ranks(refuse, 2, other):
+        assert "has shape" in message and "backbone.safetensors" in message

@@ -1,0 +1,110 @@
+"""How ranks find those of their own attempt on a store that others have used before."""
+
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch.distributed as dist
+
+from spt_dist.exits import LOST, RunEnded
+from spt_dist.parallel.beats import Kind, Verdict, first_beat
+from spt_dist.parallel.store import Address, Board, agree, connect
+
+
+def join(store: dist.Store, rank: int, world_size: int, timeout: float = 20.0, delay: float = 0.0) -> str | RunEnded:
+    time.sleep(delay)
+    try:
+        return agree(store, replace(first_beat(rank), pid=rank), world_size, timeout)
+    except RunEnded as error:
+        return error
+
+
+def attempt(store: dist.Store, delays: dict[int, float], world_size: int = 3, timeout: float = 20.0) -> list[object]:
+    """What each of the ranks that come, after their delays, agrees on."""
+    with ThreadPoolExecutor(len(delays)) as pool:
+        return list(pool.map(lambda rank: join(store, rank, world_size, timeout, delays[rank]), delays))
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_each_attempt_agrees_on_a_new_name_whoever_comes_late(late: int) -> None:
+    store = dist.HashStore()
+    seen = set()
+    for _ in range(4):
+        delays = {rank: 0.5 * (rank == late) for rank in range(3)}
+        names = attempt(store, delays)
+        assert len(set(names)) == 1 and isinstance(names[0], str) and names[0] not in seen
+        seen.add(names[0])
+        beats, verdict = Board(store, names[0]).read([0, 1, 2])
+        assert [beats[rank].pid for rank in range(3)] == [0, 1, 2] and verdict is None
+
+
+def test_an_attempt_that_broke_off_leaves_nothing_that_confuses_the_next() -> None:
+    """A rank of the broken attempt still waits for it while all the others have been started again."""
+    store = dist.HashStore()
+    with ThreadPoolExecutor(1) as pool:
+        left_over = pool.submit(join, store, 2, 3, 2.0)
+        time.sleep(0.3)
+        broken = attempt(store, {0: 0.0}, timeout=0.5)
+        assert isinstance(broken[0], RunEnded)
+        names = attempt(store, {0: 0.0, 1: 0.3, 2: 0.6})
+        assert len(set(names)) == 1 and isinstance(names[0], str)
+        assert isinstance(left_over.result(), RunEnded)
+
+
+def test_a_rank_that_waits_follows_rank_zero_into_a_new_attempt() -> None:
+    store = dist.HashStore()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(join, store, 1, 3)
+        # The first rank 0 answers, and is gone before rank 2 comes.
+        deadline = time.monotonic() + 10
+        while not store.check(["hello/1"]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        store.set(f"answer/{store.get('hello/1').decode()}", "an attempt that never opens")
+        time.sleep(0.5)
+        names = attempt(store, {0: 0.0, 2: 0.2})
+        assert names[0] == names[1] == waiting.result()
+
+
+def test_who_is_missing_is_named_once() -> None:
+    errors = attempt(dist.HashStore(), {0: 0.0, 2: 0.0}, world_size=5, timeout=1.0)
+    assert all(isinstance(error, RunEnded) and error.status == LOST for error in errors)
+    told = [str(error) for error in errors if isinstance(error, RunEnded) and error.tell]
+    assert len(told) == 1
+    assert told[0].startswith("3 ranks (1, 3, 4) have not come to join the others within 1 s; ")
+
+
+def test_a_missing_rank_zero_is_named() -> None:
+    started = time.monotonic()
+    (error,) = attempt(dist.HashStore(), {1: 0.0}, world_size=2, timeout=0.5)
+    assert str(error).startswith("rank 0 has not come to join the others within 0 s")
+    assert time.monotonic() - started < 6
+
+
+def test_nobody_listens() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        with pytest.raises(RunEnded, match=rf"rank 0 has not come .* nobody listens at 127.0.0.1:{port}"):
+            connect(Address("127.0.0.1", port, False), 1, 1.0)
+
+
+def test_the_first_verdict_stands() -> None:
+    board = Board(dist.HashStore(), "a")
+    board.publish(first_beat(0))
+    first, second = Verdict(Kind.FAILED, 1, "one"), Verdict(Kind.STOPPED, 2, "two")
+    assert board.read([0])[1] is None
+    assert board.settle(first) == first
+    assert board.settle(second) == first
+    assert board.read([0])[1] == first
+
+
+def test_a_board_whose_store_is_gone_says_so() -> None:
+    ours, theirs = socket.socketpair()
+    board = Board(dist.HashStore(), "a", ours)
+    board.check_connection()
+    theirs.close()
+    with pytest.raises(dist.DistNetworkError):
+        board.check_connection()
+    ours.close()
