@@ -2,21 +2,26 @@
 
 import argparse
 import logging
+import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
+import torch.distributed as dist
 from mmengine.config import DictAction
 from rich.logging import RichHandler
 
 from spt_dist import UserError
 from spt_dist.config import RunConfig, load_config
+from spt_dist.exits import FAULT, STOPPED, USER_ERROR, RunEnded
+from spt_dist.parallel.faults import is_mistake, is_out_of_memory
 from spt_dist.parallel.launch import read_environment
+from spt_dist.parallel.signals import Stopped
 from spt_dist.training.pipeline import with_overrides
 
-EXIT_USER_ERROR = 2
 SECONDS_FOR_RANK_ZERO = 20
 
 
@@ -76,21 +81,52 @@ def read_config(arguments: argparse.Namespace) -> RunConfig:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call ``main``; a user's mistake becomes one line on rank 0 and exit status 2."""
+    """Call ``main`` and end with one of the statuses of ``spt_dist.exits``.
+
+    A user's mistake becomes one line on rank 0. Whatever else ends a run is told in one line too, by one rank, after
+    a traceback where it is a fault.
+    """
     rank = 0
     try:
         rank = read_environment().rank
         start_logging(rank)
         main()
-    except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is None:
-            raise  # not about a file: a fault, not a mistake of the user's
+    except Stopped as stopped:
+        if rank == 0:
+            _say(str(stopped))
+        _end(STOPPED)
+    except RunEnded as end:
+        if end.tell and end.traceback:
+            traceback.print_exception(end.__cause__)
+        if end.tell:
+            _say(f"error: {end}")
+        _end(end.status)
+    except Exception as error:
+        if is_out_of_memory(error):
+            _say(f"error: out of memory: {error}")
+            _end(FAULT)
+        if not is_mistake(error):
+            raise
         # Every rank finds most mistakes, and rank 0's line is enough. Launchers end all ranks once one has ended, so
         # the others give rank 0 time to say it; if they are still here after that, the mistake is theirs alone.
         if rank:
             time.sleep(SECONDS_FOR_RANK_ZERO)
-        print(f"error: rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER_ERROR)
+        _say(f"error: rank {rank}: {error}" if rank else f"error: {error}")
+        _end(USER_ERROR)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _end(status: int) -> NoReturn:
+    """End this process, whatever the process group still waits for."""
+    if not dist.is_initialized():
+        sys.exit(status)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def start_logging(rank: int) -> None:

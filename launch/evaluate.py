@@ -8,7 +8,7 @@ from spt_dist.data.tasks import build_task
 from spt_dist.evaluation.classification import evaluate_top1
 from spt_dist.models.checkpoints import load_merged
 from spt_dist.parallel.launch import local_device, process_group
-from spt_dist.training.pipeline import build_model
+from spt_dist.training.scoring import build_model
 
 EXAMPLE = (
     "python launch/evaluate.py configs/quickstart/digits_spt_lora.py --task work_dirs/digits_spt_lora/task.safetensors"

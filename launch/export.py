@@ -2,7 +2,7 @@
 
 from _cli import add_config_options, describe, make_parser, read_config, run
 from spt_dist import Plan, load_delta
-from spt_dist.training.pipeline import build_model
+from spt_dist.training.scoring import build_model
 from spt_dist.tuning.export.hub import save_pretrained
 from spt_dist.tuning.export.peft import save_peft
 

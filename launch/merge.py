@@ -3,7 +3,7 @@
 from _cli import add_config_options, describe, make_parser, read_config, run
 from spt_dist import UserError, load_delta, merge
 from spt_dist.files import save_tensors
-from spt_dist.training.pipeline import build_model
+from spt_dist.training.scoring import build_model
 from spt_dist.tuning.inject import is_tuned
 
 EXAMPLE = (

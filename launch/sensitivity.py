@@ -14,7 +14,8 @@ from spt_dist.report.patterns import TAUS, parse_taus, resolve_taus
 from spt_dist.report.plans import tabulate_plans
 from spt_dist.report.runs import report_on
 from spt_dist.report.stage_one import report_scores
-from spt_dist.training.pipeline import build_model, check_config, check_setup, score
+from spt_dist.training.pipeline import check_config, check_setup
+from spt_dist.training.scoring import build_scored_model, score
 from spt_dist.training.sweep import allocate_budgets, check_sweep, parse_budgets, save_plans
 
 EXAMPLE = """\
@@ -45,15 +46,15 @@ def main() -> None:
     arguments = parser.parse_args()
     taus, budgets = parse_taus(arguments.tau), parse_budgets(arguments.budget)
     config = read_config(arguments)
-    with process_group():
+    with process_group(config.engine.timeout) as group:
         check_config(config)
         task = build_task(config.data, config.model.num_classes)
-        model = build_model(config)
-        check_setup(arguments.out, task, model)
+        check_setup(arguments.out, task, config)
+        model = build_scored_model(config).model
         resolve_taus(taus, take_inventory(model).backbone_size)
         if budgets:
             check_sweep(config, model, budgets)
-        scores = score(config, model, task)
+        scores = score(config, model, task, group.watch.report)
         saved = config.sensitivity.scores or arguments.out
         if config.sensitivity.scores is None:
             scores.save(saved)

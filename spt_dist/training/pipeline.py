@@ -2,42 +2,40 @@
 
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from spt_dist.allocation.allocate import allocate
-from spt_dist.allocation.costs import block_of
-from spt_dist.allocation.kinds import find_kind
 from spt_dist.allocation.plan import Plan
-from spt_dist.allocation.released import eligible_names, matrix_names
-from spt_dist.allocation.request import AllocationRequest
 from spt_dist.config import RunConfig, check_arguments, lookup
-from spt_dist.data.batches import deal_samples, load_batches
 from spt_dist.data.task import Task
 from spt_dist.data.tasks import build_task
 from spt_dist.errors import UserError
 from spt_dist.files import save_tensors, write_text
-from spt_dist.models.classifier import build_classifier
-from spt_dist.models.matrices import take_inventory
-from spt_dist.parallel.checkpoints import Checkpoint, SampleOrder, find_checkpoint, load_checkpoint
+from spt_dist.models.classifier import create_model
+from spt_dist.models.sharded import whole_shape
+from spt_dist.parallel.backbone import ZERO3, Backbone, build_backbone, training_form
+from spt_dist.parallel.checkpoints import Checkpoint, find_checkpoint
 from spt_dist.parallel.engines import OptimizerSettings, build_engine, check_engine
 from spt_dist.parallel.launch import local_device
-from spt_dist.progress import progress_bar
-from spt_dist.sensitivity.diagnosis import NotFiniteError
-from spt_dist.sensitivity.estimator import estimate_sensitivity
-from spt_dist.sensitivity.scores import Scores
+from spt_dist.parallel.signals import StopSignals
+from spt_dist.training.curves import check_backends
+from spt_dist.training.monitor import SpeedSummary
+from spt_dist.training.profiling import check_profile
+from spt_dist.training.rank_log import rank_log
 from spt_dist.training.record import put_aside, write_record
-from spt_dist.training.trainer import Trainer
+from spt_dist.training.reports import Report, ignore
+from spt_dist.training.scoring import make_run_plan, method_options
+from spt_dist.training.trainer import Trainer, run_identity
 from spt_dist.tuning.delta import describe_delta
-from spt_dist.tuning.inject import inject, print_trainable_parameters
-from spt_dist.tuning.methods import PLAN_MAKERS, make_plan
-from spt_dist.tuning.prompts import check_block
+from spt_dist.tuning.inject import install, make_modules, print_trainable_parameters
+from spt_dist.tuning.methods import PLAN_MAKERS
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,7 @@ class RunResult:
         seconds_scoring, seconds_training: wall-clock time of the two stages.
         task_file: path of the task file.
         config: the config file.
+        speed: throughput, waiting for data and memory in training.
     """
 
     method: str
@@ -64,6 +63,7 @@ class RunResult:
     seconds_training: float
     task_file: str
     config: str
+    speed: SpeedSummary
 
 
 def check_config(config: RunConfig) -> None:
@@ -73,185 +73,79 @@ def check_config(config: RunConfig) -> None:
         UserError: an unknown engine, method or argument of a method.
     """
     check_engine(config.engine)
+    check_backends(config.log)
+    check_profile(config.log)
     options = method_options(config)
     if config.method["type"] == "spt":
         check_arguments(allocate, options, "method", own=["scores"])
     else:
         maker = lookup("method.type", config.method["type"], {**PLAN_MAKERS, "spt": None})
         check_arguments(maker, options, "method", own=["model"])
+    if config.method["type"] == "full" and config.engine.frozen_dtype is not None:
+        raise UserError("config: engine.frozen_dtype, but method.type='full' leaves nothing frozen; take it out")
+    if config.train.ema is not None and training_form(config.engine) == ZERO3:
+        raise UserError("config: train.ema does not work with ZeRO stage 3; use engine.type='fsdp' for both")
 
 
-def method_options(config: RunConfig) -> dict[str, Any]:
-    """The ``method`` section without its type."""
-    return {key: value for key, value in config.method.items() if key != "type"}
-
-
-def build_model(config: RunConfig) -> nn.Module:
-    """The pre-trained model with a fresh head, as the config says; the same on every rank."""
-    model = config.model
-    return build_classifier(model.name, model.num_classes, model.kwargs, model.checkpoint, config.seed)
-
-
-def score(config: RunConfig, model: nn.Module, task: Task) -> Scores:
-    """Stage 1 on some of the training samples, or saved scores. Collective.
-
-    The scores are the same for every number of ranks, up to rounding; but not in training mode with dropout or
-    drop-path, where each rank draws its own.
-
-    Raises:
-        UserError: more samples are asked for than there are; or as ``estimate_sensitivity``.
-    """
-    wanted = config.sensitivity
-    if wanted.scores is not None:
-        return load_scores(wanted.scores, model)
-    sample_ids = choose_samples(config, task.num_train)
-    rank = dist.get_rank()
-    same_batches = wanted.criterion == "batch"
-    dealt = deal_samples(sample_ids, wanted.batch_size, rank, dist.get_world_size(), same_batches)
-    limit = wanted.memory_limit_gib
-    device = local_device()
-    torch.manual_seed(config.seed + rank)
-    with progress_bar("sensitivity", len(dealt), rank == 0) as bar:
-
-        def batches() -> Any:
-            for batch in load_batches(task.train, dealt, device):
-                yield batch.inputs, batch.targets
-                bar.advance()
-
-        try:
-            return estimate_sensitivity(
-                model.to(device),
-                batches(),
-                F.cross_entropy,
-                wanted.criterion,
-                train_mode=wanted.train_mode,
-                dtype=None if wanted.dtype is None else getattr(torch, wanted.dtype),
-                memory_limit=None if limit is None else int(limit * 2**30),
-                shard_sums=wanted.shard_sums,
-                sample_ids=sample_ids,
-            )
-        except NotFiniteError as error:
-            theirs = deal_samples(sample_ids, wanted.batch_size, error.rank, dist.get_world_size(), same_batches)
-            sample = [sample for batch, _, _ in theirs for sample in batch][error.position]
-            raise UserError(f"{error.where}, for training sample {sample}") from error
-
-
-def load_scores(folder: str, model: nn.Module) -> Scores:
-    """Saved scores of ``model``. Collective.
-
-    Raises:
-        UserError: as ``Scores.load``; or they are another model's.
-    """
-    scores = Scores.load(folder)
-    inventory = take_inventory(model)
-    parameters = inventory.by_name()
-    for name, shape in zip(scores.names, scores.shard.index.shapes, strict=True):
-        own = parameters.get(name)
-        if own is None or own.shape != shape or scores.info.backbone_size != inventory.backbone_size:
-            raise UserError(
-                f"sensitivity.scores={folder}: scores of another model, of {scores.info.backbone_size:,} weights and "
-                f"with {name} of shape {shape}; score this one, or give the config of the other"
-            )
-    return scores
-
-
-def choose_samples(config: RunConfig, num_train: int) -> list[int]:
-    """Indices of the training samples that stage 1 scores, ascending.
-
-    Raises:
-        UserError: a random choice of more samples than there are.
-    """
-    wanted = config.sensitivity
-    if wanted.sample_order == "file":
-        return list(range(min(wanted.num_samples, num_train)))
-    if wanted.num_samples > num_train:
-        raise UserError(f"config: sensitivity.num_samples={wanted.num_samples}, but the task has {num_train} samples")
-    generator = torch.Generator().manual_seed(config.seed)
-    return torch.randperm(num_train, generator=generator)[: wanted.num_samples].sort().values.tolist()
-
-
-def make_run_plan(config: RunConfig, model: nn.Module, task: Task) -> tuple[Plan, Scores | None]:
-    """The plan that the config's method makes for the model, and the scores if it needs any. Collective."""
-    options = method_options(config)
-    if config.method["type"] != "spt":
-        return make_plan(config.method["type"], model, **options), None
-    check_request(model, AllocationRequest(**options))
-    scores = score(config, model, task)
-    return allocate(scores, **options), scores
-
-
-def check_request(model: nn.Module, request: AllocationRequest) -> None:
-    """Refuse what ``allocate`` and ``inject`` would refuse after the scoring pass.
-
-    Raises:
-        UserError: as ``AllocationRequest.resolve``; the preset "released" does not know the model's names; or its
-            blocks take no prompts.
-    """
-    inventory = take_inventory(model)
-    reserved = sum(model.get_parameter(name).numel() for name in inventory.always_tuned)
-    request.resolve(inventory.backbone_size, reserved)
-    matrices = [parameter.name for parameter in inventory.parameters if parameter.is_matrix]
-    if request.preset == "released":
-        matrix_names(eligible_names(inventory.by_name()), matrices)
-    if request.structured is not None and find_kind(request.structured).takes_block:
-        for block in dict.fromkeys(filter(None, map(block_of, matrices))):
-            check_block(model, block)
-
-
-def run_training(config: RunConfig, config_path: str, resume: str | None = None) -> RunResult:
+def run_training(
+    config: RunConfig,
+    config_path: str,
+    resume: str | None = None,
+    report: Report = ignore,
+    stop: StopSignals | None = None,
+) -> RunResult:
     """Run everything from a config to the task file. Collective; rank 0 writes.
 
     Args:
         config: the merged config.
         config_path: where it came from, for the record.
         resume: ``None``, "auto" or the path of a checkpoint.
+        report: is told how far this rank is.
+        stop: whether the run was asked to stop.
 
     Raises:
         UserError: for whatever the user can mend.
+        Stopped: the run was asked to stop.
     """
     check_config(config)
     work_dir = Path(config.work_dir)
     task = build_task(config.data, config.model.num_classes)
-    model = build_model(config)
-    check_setup(work_dir, task, model)
-    path = None if resume is None else find_checkpoint(resume, work_dir / "checkpoints")
-    checkpoint = None if path is None else load_checkpoint(path)
+    check_setup(work_dir, task, config)
+    checkpoint = find_checkpoint(resume, work_dir / "checkpoints")
+    report(0, "building the model")
     started = time.perf_counter()
-    plan, scores = make_run_plan(config, model, task) if checkpoint is None else (checkpoint.plan, None)
+    plan, scores, backbone = (
+        make_run_plan(config, task, report) if checkpoint is None else (checkpoint.plan, None, None)
+    )
     seconds_scoring = time.perf_counter() - started
-    # New modules start from the run's seed, so the loss curve does not depend on what was drawn before.
-    torch.manual_seed(config.seed)
-    tuned = inject(model, plan)
+    tuned = _inject(config, plan, backbone)
     if checkpoint is None:
         put_aside(work_dir)
     else:
-        if checkpoint.fingerprint != tuned.spt_fingerprint:
-            raise UserError(f"{checkpoint.path}: belongs to a backbone with other weights; check model.checkpoint")
-        if config.method["type"] not in ("plan", plan.method.split("-")[0]):
-            raise UserError(
-                f"{checkpoint.path}: written by a run with method {plan.method}, this one has "
-                f"method.type={config.method['type']!r}; resume with the same, or start a new run without --resume"
-            )
-        checkpoint.check_order(SampleOrder(config.seed, config.train.batch_size, task.num_train))
+        checkpoint.check(run_identity(config, task), str(tuned.spt_fingerprint))
     if scores is not None:
         scores.save(work_dir / "scores")
+        scores = None  # as large as the backbone
     if dist.get_rank() == 0:
         write_record(work_dir, config, config_path)
         plan.save(work_dir / "plan.safetensors")
         print_trainable_parameters(tuned)
 
     started = time.perf_counter()
-    top1, values = _train(config, tuned, task, checkpoint)
+    with rank_log(work_dir, dist.get_rank()) if config.log.rank_files else nullcontext():
+        trainer, top1 = _train(config, tuned, task, checkpoint, report, stop)
+    values = trainer.trained_values()
     result = RunResult(
         method=plan.method,
         num_trainable=plan.num_trainable,
         backbone_size=plan.backbone_size,
-        num_head=sum(values[name].numel() for name in plan.head),
+        num_head=sum(prod(whole_shape(tuned.get_parameter(name))) for name in plan.head),
         top1=top1,
         seconds_scoring=seconds_scoring,
         seconds_training=time.perf_counter() - started,
         task_file=str(work_dir / "task.safetensors"),
         config=config_path,
+        speed=trainer.speed,
     )
     if dist.get_rank() == 0:
         save_tensors(result.task_file, *describe_delta(tuned, values))
@@ -260,7 +154,7 @@ def run_training(config: RunConfig, config_path: str, resume: str | None = None)
     return result
 
 
-def check_setup(work_dir: Path, task: Task, model: nn.Module) -> None:
+def check_setup(work_dir: Path, task: Task, config: RunConfig) -> None:
     """Refuse what would fail in the middle of a run.
 
     Raises:
@@ -269,10 +163,10 @@ def check_setup(work_dir: Path, task: Task, model: nn.Module) -> None:
     if work_dir.exists() and not work_dir.is_dir():
         raise UserError(f"{work_dir}: is a file, but results need a folder; give another (--work-dir, --out)")
     image_CHW, _ = task.train[0]
-    model.eval()
+    model = create_model(config.model.name, config.model.num_classes, config.model.kwargs, torch.device("meta"))
     try:
         with torch.no_grad():
-            model(image_CHW.unsqueeze(0))
+            model.eval()(image_CHW.unsqueeze(0).to("meta"))
     # timm checks the size by assertion, torch's layers the channels with errors of their own.
     except (AssertionError, RuntimeError) as error:
         raise UserError(
@@ -281,16 +175,34 @@ def check_setup(work_dir: Path, task: Task, model: nn.Module) -> None:
         ) from error
 
 
+def _inject(config: RunConfig, plan: Plan, backbone: Backbone | None) -> nn.Module:
+    """The plan on a backbone in the form that the engine trains: the scored one, or a new one. Collective."""
+    engine = config.engine
+    if backbone is None:
+        trains_all = plan.num_in_place == plan.backbone_size
+        form = training_form(engine)
+        backbone = build_backbone(config.model, engine, form, config.seed, local_device(), trains_all)
+    # New modules start from the run's seed, so the loss curve does not depend on what was drawn before.
+    torch.manual_seed(config.seed)
+    return install(backbone.model, plan, make_modules(backbone.model, plan), backbone.fingerprint)
+
+
 def _train(
-    config: RunConfig, tuned: nn.Module, task: Task, checkpoint: Checkpoint | None
-) -> tuple[float, dict[str, Tensor]]:
-    """Stage 2: the final accuracy and the trained values, whole on every rank. Collective."""
-    settings = OptimizerSettings(config.train.lr, config.train.weight_decay, config.train.clip_norm)
+    config: RunConfig,
+    tuned: nn.Module,
+    task: Task,
+    checkpoint: Checkpoint | None,
+    report: Report,
+    stop: StopSignals | None,
+) -> tuple[Trainer, float]:
+    """Stage 2: the trainer behind its last step, and the final accuracy. Collective."""
+    train = config.train
+    settings = OptimizerSettings(train.lr, train.weight_decay, train.clip_norm, train.accumulation)
     engine = build_engine(config.engine, tuned, settings, local_device())
-    trainer = Trainer(engine, task, config.train, config.seed, Path(config.work_dir), local_device())
+    trainer = Trainer(engine, task, config, local_device(), report, stop)
     if checkpoint is not None:
         trainer.resume(checkpoint)
-    return trainer.fit(), engine.trainable_values()
+    return trainer, trainer.fit()
 
 
 def with_overrides(

@@ -20,8 +20,11 @@ ARTEFACTS = (
     "scores",
     "plan.safetensors",
     "metrics.jsonl",
+    "speed.jsonl",
+    "logs",
     "checkpoints",
     "task.safetensors",
+    "task_best.safetensors",
     "summary.json",
     "merged.safetensors",
 )

@@ -12,7 +12,7 @@ from spt_dist.config import RunConfig
 from spt_dist.errors import UserError
 from spt_dist.sensitivity.scores import Scores
 from spt_dist.sensitivity.shards import get_rank
-from spt_dist.training.pipeline import check_request, method_options
+from spt_dist.training.scoring import check_request, method_options
 
 
 def parse_budgets(texts: Sequence[str]) -> dict[str, int | float]:

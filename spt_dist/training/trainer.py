@@ -2,22 +2,34 @@
 
 import logging
 import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn import functional as F
 
-from spt_dist.config import TrainConfig
+from spt_dist.config import RunConfig
 from spt_dist.data.batches import Batch, GlobalBatches, load_batches
 from spt_dist.data.task import Task
 from spt_dist.errors import UserError
 from spt_dist.evaluation.classification import evaluate_top1
-from spt_dist.parallel.checkpoints import Checkpoint, SampleOrder, save_checkpoint
-from spt_dist.parallel.engines.base import Engine
+from spt_dist.files import save_tensors
+from spt_dist.parallel.checkpoints import Checkpoint, Progress, RunIdentity, mark_best, save_checkpoint
+from spt_dist.parallel.engines.base import Engine, State, keep_on_rank_0
+from spt_dist.parallel.signals import StopSignals
 from spt_dist.progress import progress_bar
+from spt_dist.training.ema import MovingAverage
 from spt_dist.training.metrics import MetricsFile
+from spt_dist.training.monitor import Monitor, SpeedSummary
+from spt_dist.training.profiling import profiled_steps
+from spt_dist.training.reports import Report, ignore
 from spt_dist.training.schedule import CosineSchedule
+from spt_dist.tuning.delta import describe_delta
 
 logger = logging.getLogger(__name__)
 
@@ -26,102 +38,233 @@ class Trainer:
     """Trains an engine's model on a task; the same loss curve for every engine and number of ranks."""
 
     def __init__(
-        self, engine: Engine, task: Task, config: TrainConfig, seed: int, work_dir: Path, device: torch.device
+        self,
+        engine: Engine,
+        task: Task,
+        config: RunConfig,
+        device: torch.device,
+        report: Report = ignore,
+        stop: StopSignals | None = None,
     ) -> None:
-        self.engine, self.task, self.config, self.seed = engine, task, config, seed
-        self.device = device
+        """Nothing runs yet.
+
+        Args:
+            engine: with the injected model.
+            task: the data.
+            config: of the run.
+            device: the model's.
+            report: is told how many steps are done, and what this rank does next.
+            stop: whether the run was asked to stop.
+        """
+        self.engine, self.task, self.config, self.device = engine, task, config, device
+        self.report, self.stop = report, stop or StopSignals()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.batches = GlobalBatches(task.num_train, config.batch_size, self.rank, self.world_size, seed)
-        self.total_steps = config.epochs * self.batches.steps_per_epoch
-        self.schedule = CosineSchedule(
-            config.lr,
-            config.min_lr,
-            config.warmup_lr,
-            round(config.warmup_epochs * self.batches.steps_per_epoch),
-            self.total_steps,
-        )
-        self.checkpoint_dir = work_dir / "checkpoints"
-        self.metrics_path = work_dir / "metrics.jsonl"
-        self.num_steps = 0
+        train = config.train
+        self.batches = GlobalBatches(task.num_train, train.batch_size, self.rank, self.world_size, config.seed)
+        steps_per_epoch = self.batches.steps_per_epoch
+        self.total_steps = train.epochs * steps_per_epoch
+        warmup_steps = round(train.warmup_epochs * steps_per_epoch)
+        self.schedule = CosineSchedule(train.lr, train.min_lr, train.warmup_lr, warmup_steps, self.total_steps)
+        self.average = None if train.ema is None else MovingAverage(engine.module, train.ema)
+        self.work_dir = Path(config.work_dir)
+        self.checkpoint_dir = self.work_dir / "checkpoints"
+        self.progress = Progress()
+        self.speed = SpeedSummary(None, None, [])
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of the same run, whatever engine and number of ranks wrote it."""
-        self.engine.load_state(checkpoint.state, checkpoint.num_steps)
-        self.num_steps = checkpoint.num_steps
-        logger.info("resumed from %s after %d of %d steps", checkpoint.path, self.num_steps, self.total_steps)
+        self.engine.load_state(checkpoint.state)
+        if self.average is not None:
+            self.average.load(checkpoint.state)
+        self.progress = checkpoint.progress
+        logger.info("resumed from %s after %d of %d steps", checkpoint.path, self.progress.num_steps, self.total_steps)
 
     def fit(self) -> float:
-        """Train to the end of the last epoch; returns the final top-1 accuracy on the held-out samples."""
-        metrics = MetricsFile(self.metrics_path, self.num_steps) if self.rank == 0 else None
-        steps_per_epoch = self.batches.steps_per_epoch
+        """Train to the end of the last epoch; returns the final top-1 accuracy on the held-out samples.
+
+        Raises:
+            Stopped: the run was asked to; a checkpoint is saved.
+            UserError: the loss or its gradient is not finite; names the samples.
+        """
+        steps_per_epoch, train = self.batches.steps_per_epoch, self.config.train
+        first = self.progress.num_steps
         accuracy = math.nan
-        with progress_bar("training", self.total_steps, self.rank == 0, self.num_steps) as bar:
-            for epoch in range(self.num_steps // steps_per_epoch, self.config.epochs):
-                self.engine.module.train()
-                dealt = self.batches.deal(epoch, self.num_steps % steps_per_epoch)
-                for batch in load_batches(self.task.train, dealt, self.device):
-                    lr = self.schedule.at(self.num_steps)
-                    loss, norm = self.train_step(batch, lr)
+        with (
+            self.stop.deferred(),
+            Monitor(self.config, self.device, first) as monitor,
+            MetricsFile(self.work_dir / "metrics.jsonl", first, enabled=self.rank == 0) as metrics,
+            profiled_steps(self.config.log, self.work_dir, self.rank) as profiler,
+            progress_bar("training", self.total_steps, self.rank == 0, first) as bar,
+        ):
+            for epoch in range(first // steps_per_epoch, train.epochs):
+                for batch in monitor.timed(self._load(epoch)):
+                    lr = self.schedule.at(self.progress.num_steps)
+                    loss, norm, must_stop = self.train_step(batch, lr)
+                    step = self.progress.num_steps
+                    metrics.write(step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=norm)
+                    monitor.step(step=step, loss=loss, lr=lr, grad_norm=norm, num_samples=batch.num_global)
+                    profiler.step()
                     bar.advance(note=f"loss {loss:.4f}")
-                    if metrics is not None:
-                        metrics.write(step=self.num_steps, epoch=epoch, loss=loss, lr=lr, grad_norm=norm)
+                    if must_stop:
+                        self.save(monitor, is_needed=True)
+                        raise self.stop.stopped(step)
+                    if train.checkpoint_steps is not None and step % train.checkpoint_steps == 0:
+                        self.save(monitor)
                 done = epoch + 1
-                if done % self.config.eval_interval == 0 or done == self.config.epochs:
+                is_best = False
+                if done % train.eval_interval == 0 or done == train.epochs:
                     accuracy = self.evaluate()
-                    logger.info(
-                        "epoch %d of %d: loss %.4f, top-1 %.2f %%", done, self.config.epochs, loss, 100 * accuracy
-                    )
-                    if metrics is not None:
-                        metrics.write(step=self.num_steps, epoch=epoch, top1=accuracy)
-                if done % self.config.checkpoint_interval == 0 or done == self.config.epochs:
-                    self.save()
-        if metrics is not None:
-            metrics.close()
+                    is_best = self._note_best(accuracy)
+                    metrics.write(step=self.progress.num_steps, epoch=epoch, top1=accuracy)
+                    monitor.evaluation(self.progress.num_steps, top1=accuracy)
+                monitor.epoch_end(epoch)
+                if done % train.checkpoint_interval == 0 or done == train.epochs or is_best:
+                    self.save(monitor, is_best)
+            self.speed = monitor.summary()
         # A run that is resumed after its last step has nothing left to train.
         return self.evaluate() if math.isnan(accuracy) else accuracy
 
-    def train_step(self, batch: Batch, lr: float) -> tuple[float, float]:
+    def train_step(self, batch: Batch, lr: float) -> tuple[float, float, bool]:
         """One optimizer step on this rank's part of a global batch.
 
         Returns:
-            The mean loss over the global batch and the norm of its gradient, the same on every rank.
+            The mean loss over the global batch, the norm of its gradient, and whether any rank was asked to stop; the
+            same on every rank.
 
         Raises:
-            UserError: the loss is not finite; the parameters are as they were before the step.
+            UserError: loss or gradient is not finite; the parameters are as they were before the step.
         """
+        num_steps, parts = self.progress.num_steps, batch.split(self.config.train.accumulation)
+        self.report(num_steps, "training step")
         # Randomness hangs on the step alone, so a resumed run draws what the uninterrupted one would have drawn.
-        torch.manual_seed((self.seed * 1_000_003 + self.num_steps) * self.world_size + self.rank)
-        losses_B = F.cross_entropy(self.engine(batch.inputs).float(), batch.targets, reduction="none")
-        # Sum over this rank's samples, over the size of the global batch: summed over ranks this is the global mean.
-        loss = (losses_B * batch.weights).sum() / batch.num_global
-        global_loss = loss.detach().clone()
-        dist.all_reduce(global_loss)
+        torch.manual_seed((self.config.seed * 1_000_003 + num_steps) * self.world_size + self.rank)
+        # The loss over the ranks, and how many of them were asked to stop.
+        sums = torch.zeros(2, device=self.device)
+        losses: list[Tensor] = []
+        for part in parts:
+            with self.engine.passing(is_last=part is parts[-1]):
+                losses_B = F.cross_entropy(self.engine(part.inputs).float(), part.targets, reduction="none")
+                # Sum over this rank's samples, over the size of the global batch: over the ranks this is the mean.
+                loss = (losses_B * part.weights).sum() / part.num_global
+                # Engines average gradients over the ranks.
+                self.engine.backward(loss * self.world_size)
+            sums[0] += loss.detach()
+            losses.append(losses_B.detach())
+        sums[1] += self.stop.requested
+        dist.all_reduce(sums)
+        global_loss, num_stopped = sums.tolist()
         if not math.isfinite(global_loss):
-            raise UserError(
-                f"the loss is {float(global_loss)} at step {self.num_steps} (rate {lr:.2e}); "
-                "lower train.lr, set train.clip_norm, or look for NaN in the data"
-            )
-        # Engines average gradients over the ranks.
-        self.engine.backward(loss * self.world_size)
+            raise self._not_finite("loss", global_loss, lr, batch, torch.cat(losses))
         self.engine.set_lr(lr)
         norm = self.engine.step()
-        self.num_steps += 1
-        return float(global_loss), norm
+        if not math.isfinite(norm) and not self.engine.skips_overflow:
+            raise self._not_finite("norm of the gradient", norm, lr, batch, torch.cat(losses))
+        if self.average is not None:
+            self.average.update()
+        self.progress = replace(self.progress, num_steps=num_steps + 1)
+        return global_loss, norm, num_stopped > 0
 
     def evaluate(self) -> float:
         """Top-1 accuracy on the held-out samples. Collective."""
-        return evaluate_top1(self.engine, self.engine.module, self.task, 4 * self.config.batch_size, self.device)
 
-    def save(self) -> None:
-        """Write a checkpoint. Collective."""
+        def forward(inputs: Tensor) -> Tensor:
+            self.report(self.progress.num_steps, "evaluation")
+            return self.engine(inputs)
+
+        with nullcontext() if self.average is None else self.average.in_place():
+            batch_size = 4 * self.config.train.batch_size
+            return evaluate_top1(forward, self.engine.module, self.task, batch_size, self.device)
+
+    def trained_values(self) -> State:
+        """What the task file holds: the trained values, or their average, whole on rank 0. Collective."""
+        if self.average is not None:
+            return keep_on_rank_0(self.average.whole())
+        return self.engine.trainable_values()
+
+    def save(self, monitor: Monitor, is_best: bool = False, is_needed: bool = False) -> None:
+        """Write a checkpoint, and with ``save_best`` the task file of the best one. Collective.
+
+        Where the disk is full the run goes on, and the last good checkpoint stays.
+
+        Args:
+            monitor: is told how long it took.
+            is_best: whether no evaluation before this was better.
+            is_needed: whether the run ends after this, so that an error is one.
+
+        Raises:
+            OSError: it can't be written, and ``is_needed``.
+        """
+        step = self.progress.num_steps
+        self.report(step, "saving a checkpoint")
+        started = time.perf_counter()
         state = self.engine.gather_state()
+        if self.average is not None:
+            state |= keep_on_rank_0(self.average.state())
+        values = self.trained_values() if is_best else {}
         if self.rank == 0:
-            save_checkpoint(
-                self.checkpoint_dir,
-                state,
-                self.engine.module,
-                self.num_steps,
-                SampleOrder(self.seed, self.config.batch_size, self.task.num_train),
-                self.config.keep_checkpoints,
-            )
+            keep = self.config.train.keep_checkpoints
+            module, identity = self.engine.module, run_identity(self.config, self.task)
+            try:
+                path = save_checkpoint(self.checkpoint_dir, state, module, self.progress, identity, keep)
+                if is_best:
+                    mark_best(self.checkpoint_dir, path)
+                    save_tensors(self.work_dir / "task_best.safetensors", *describe_delta(module, values))
+                monitor.saved(step, path, time.perf_counter() - started, path.stat().st_size)
+            except OSError as error:
+                if is_needed:
+                    raise
+                logger.error("the checkpoint of step %d can't be written (%s); the last good one stays", step, error)
         dist.barrier()
+
+    def _load(self, epoch: int) -> Iterator[Batch]:
+        """The rest of an epoch's batches."""
+        self.engine.module.train()
+        dealt = self.batches.deal(epoch, self.progress.num_steps % self.batches.steps_per_epoch)
+        self.report(self.progress.num_steps, "loading data")
+        for batch in load_batches(self.task.train, dealt, self.device):
+            yield batch
+            self.report(self.progress.num_steps, "loading data")
+
+    def _note_best(self, accuracy: float) -> bool:
+        """Whether this is the best evaluation so far, and that is to be saved."""
+        best = self.progress.best_top1
+        if best is not None and accuracy <= best:
+            return False
+        self.progress = replace(self.progress, best_top1=accuracy, best_step=self.progress.num_steps)
+        return self.config.train.save_best
+
+    def _not_finite(self, what: str, value: float, lr: float, batch: Batch, losses_B: Tensor) -> UserError:
+        """Which samples of which rank gave no finite loss. Collective."""
+        kept = (~losses_B.isfinite()).tolist()
+        bad = [sample for sample, is_bad in zip(batch.samples, kept, strict=True) if is_bad]
+        bad_R: list[list[int]] = [bad] * self.world_size
+        dist.all_gather_object(bad_R, bad)
+        where = "; ".join(f"rank {rank}: {_short(samples)}" for rank, samples in enumerate(bad_R) if samples)
+        found = f"of training samples ({where})" if where else "though each sample's loss is finite"
+        return UserError(
+            f"the {what} is {value} at step {self.progress.num_steps} (rate {lr:.2e}), {found}; "
+            "lower train.lr, set train.clip_norm, or look for NaN in the data"
+        )
+
+
+def run_identity(config: RunConfig, task: Task) -> RunIdentity:
+    """What a checkpoint has to have in common with a run that goes on with it."""
+    train, model = config.train, config.model
+    return RunIdentity(
+        seed=config.seed,
+        batch_size=train.batch_size,
+        num_train=task.num_train,
+        model={"name": model.name, "num_classes": model.num_classes, "kwargs": model.kwargs},
+        method={key: value for key, value in config.method.items() if key != "path"},
+        schedule={
+            "data": config.data,
+            "train": {
+                name: getattr(train, name)
+                for name in ("epochs", "lr", "min_lr", "warmup_epochs", "warmup_lr", "weight_decay", "clip_norm", "ema")
+            },
+        },
+    )
+
+
+def _short(samples: list[int]) -> str:
+    return ", ".join(map(str, samples[:10])) + ", ..." * (len(samples) > 10)

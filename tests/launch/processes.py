@@ -60,12 +60,17 @@ class RunningScript:
     """A launch under way."""
 
     def __init__(
-        self, arguments: Sequence[str | Path], launcher: str, ranks: int, env: Mapping[str, str] | None = None
+        self,
+        arguments: Sequence[str | Path],
+        launcher: str,
+        ranks: int,
+        env: Mapping[str, str] | None = None,
+        launcher_options: Sequence[str] = (),
     ) -> None:
         self.token = f"{_TOKEN}={uuid4().hex}"
         name, _, value = self.token.partition("=")
         self.process = subprocess.Popen(
-            _command(launcher, ranks) + [str(argument) for argument in _under_root(arguments)],
+            [*_command(launcher, ranks), *launcher_options, *(str(argument) for argument in _under_root(arguments))],
             cwd=ROOT,
             env=_environment() | dict(env or {}) | {name: value},
             stdin=subprocess.DEVNULL,

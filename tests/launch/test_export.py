@@ -14,7 +14,7 @@ from torch import nn
 
 from spt_dist import Plan, inject, load_delta, merge, save_delta
 from spt_dist.config import load_config
-from spt_dist.training.pipeline import build_model
+from spt_dist.training.scoring import build_model
 from spt_dist.tuning.export.peft import load_peft
 from tests.launch.processes import Launch, ScriptResult, run_all
 from tests.launch.runs import write_backbone, write_config

@@ -94,6 +94,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 RESUMED: dict[str, tuple[list[str], int]] = {
     "ZeRO 0": (["engine.type=deepspeed", "engine.zero_stage=0"], 2),
     "ZeRO 2": (["engine.type=deepspeed", "engine.zero_stage=2"], 2),
+    "ZeRO 3": (["engine.type=deepspeed", "engine.zero_stage=3"], 2),
+    "FSDP": (["engine.type=fsdp"], 2),
 }
 
 

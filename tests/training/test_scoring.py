@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from spt_dist import UserError, estimate_sensitivity
 from spt_dist.config import load_config
 from spt_dist.data.tasks import build_task
-from spt_dist.training.pipeline import build_model, choose_samples, load_scores, make_run_plan, score
+from spt_dist.training.scoring import build_model, choose_samples, load_scores, make_run_plan, score
 from tests.launch.runs import NUM_TRAIN, write_config
 from tests.models_for_tests import make_samples, make_vit, pick
 from tests.ranks import run_ranks
@@ -126,7 +126,7 @@ def test_names_that_the_released_preset_does_not_know_are_refused_before_the_pas
     task = build_task(config.data, config.model.num_classes)
     # Without a process group the pass itself would fail in another way.
     with pytest.raises(UserError, match=r"has no rule for blocks\.0\.ls1\.gamma"):
-        make_run_plan(config, build_model(config), task)
+        make_run_plan(config, task)
 
 
 def test_saved_scores_of_another_model_are_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from spt_dist import Plan, Scores, UserError, allocate
 from spt_dist.config import load_config
 from spt_dist.data.tasks import build_task
-from spt_dist.training.pipeline import build_model, score
+from spt_dist.training.scoring import build_model, score
 from spt_dist.training.sweep import allocate_budgets, check_sweep, parse_budgets, save_plans
 from tests.launch.runs import write_config
 from tests.ranks import run_ranks
