@@ -3,9 +3,11 @@
 import torch.distributed as dist
 
 from _cli import add_config_options, describe, make_parser, read_config, run
-from spt_dist.parallel.launch import process_group
+from spt_dist import UserError
+from spt_dist.config import RunConfig
+from spt_dist.parallel.launch import process_group, read_environment
 from spt_dist.training.monitor import SpeedSummary
-from spt_dist.training.pipeline import run_training
+from spt_dist.training.pipeline import plan_dry, run_training
 
 EXAMPLE = "deepspeed --num_accelerators 2 launch/train.py configs/quickstart/digits_spt_lora.py"
 
@@ -19,11 +21,21 @@ def main() -> None:
     )
     parser.add_argument("--launcher", metavar="NAME", help="taken for mmseg's sake; the environment tells the launcher")
     parser.add_argument("--engine", help="ddp, fsdp or deepspeed, instead of the config's")
+    parser.add_argument("--amp", action="store_true", help="autocast (engine.amp_dtype, bfloat16 by default)")
     parser.add_argument(
-        "--amp", action="store_true", help="autocast (engine.amp_dtype, bfloat16 by default)"
+        "--dry-run",
+        action="store_true",
+        help="only say what would be trained, and each rank's memory",
     )
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="with --dry-run: how many ranks (default: the launcher's)"
+    )
+    parser.add_argument("--memory", type=float, metavar="GIB", help="with --dry-run: the largest batch that fits")
     arguments = parser.parse_args()
     config = read_config(arguments)
+    if arguments.dry_run:
+        tell_needs(config, arguments.ranks, arguments.memory)
+        return
     with process_group(config.engine.timeout) as group:
         result = run_training(config, arguments.config, arguments.resume, group.watch.report, group.stop)
         if dist.get_rank() == 0:
@@ -39,12 +51,22 @@ def main() -> None:
             )
 
 
+def tell_needs(config: RunConfig, ranks: int | None, memory_gib: float | None) -> None:
+    """Print the dry run; on rank 0 alone, where a launcher has started several."""
+    for option, value in (("--ranks", ranks), ("--memory", memory_gib)):
+        if value is not None and value <= 0:
+            raise UserError(f"{option} {value}: has to be above 0")
+    environment = read_environment()
+    if environment.rank == 0:
+        print(plan_dry(config, ranks or environment.world_size, memory_gib).table())
+
+
 def describe_speed(speed: SpeedSummary) -> dict[str, str]:
     """What a run that trained says about its speed; nothing for one that was resumed behind its last step."""
     if speed.samples_per_second is None or speed.data_wait is None:
         return {}
     return {
-        "speed": f"{speed.samples_per_second:.0f} samples/s, {speed.data_wait:.1%} waiting for data",
+        "speed": f"{speed.samples_per_second:.3g} samples/s, {speed.data_wait:.1%} waiting for data",
         "peak memory": f"{max(speed.peak_memory_gib):.2f} GiB on a rank",
     }
 

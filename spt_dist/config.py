@@ -120,12 +120,11 @@ class EngineConfig:
         zero_stage: 0, 1, 2 or 3 (deepspeed only).
         offload: keep the optimizer's state, and with stage 3 the weights, in the CPU's memory (deepspeed only).
         deepspeed: further settings as a dict, or the path of a DeepSpeed JSON (deepspeed only).
-        shard_size: how many ranks share out one copy of the weights (fsdp only): ``None`` for all of them, 1 for a whole
-            copy on each rank, any other divisor of their number for a copy on each group of so many ranks.
+        shard_size: how many ranks share out one copy of the weights (fsdp only): ``None`` for all of them, 1 for a
+            whole copy on each rank, any other divisor of their number for a copy on each group of so many ranks.
         amp: run the forward pass under autocast.
         amp_dtype: of autocast, "bfloat16" or "float16"; float16 scales the loss.
-        frozen_dtype: what the frozen weights of Linear layers and convolutions are kept in; ``None`` for fp32. Needs
-            ``amp``.
+        frozen_dtype: what the frozen weights of Linear layers are kept in; ``None`` for fp32. Needs ``amp``.
         activation_checkpointing: keep only the blocks' inputs for the backward pass, and run each block again there.
         compile: backend of ``torch.compile`` for each block ("inductor"); ``None`` for none.
         timeout: seconds without progress after which a run with several ranks is ended.

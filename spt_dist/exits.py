@@ -4,8 +4,8 @@ What the launchers make of the statuses of their ranks:
 
 - ``python`` and ``srun``: the status itself; of several ranks ``srun`` gives the highest. Start it with
   ``--kill-on-bad-exit``, or it lets the other ranks go on.
-- ``deepspeed``: the status of the first rank that it finds ended with another one than 0; minus the signal's number
-  where a signal ended it. With several nodes, that of ``pdsh``.
+- ``deepspeed``: the status of the first rank that it finds ended with another one than 0, or 256 less the number of the
+  signal that ended it. With several nodes, that of ``pdsh``.
 - ``torchrun``: 1 whatever the ranks ended with. Its report names each rank's status as ``exitcode``.
 """
 
@@ -19,7 +19,7 @@ USER_ERROR = 2
 """The user can mend it: one line, no traceback."""
 
 STOPPED = 75
-"""Stopped by SIGTERM or SIGUSR1, in training after a checkpoint: start it again with ``--resume``. (EX_TEMPFAIL)"""
+"""Stopped by a signal, in training after a checkpoint was saved: start it again with ``--resume``. (EX_TEMPFAIL)"""
 
 LOST = 76
 """This rank ended because another one is gone, failed, hung, or never came. Also the status of a rank that hung."""

@@ -14,7 +14,7 @@ from spt_dist.errors import UserError
 NUM_DIGITS = 1797
 
 
-def build_digits(image_size: int = 32, num_train: int = 1000, seed: int = 0) -> Task:
+def build_digits(image_size: int = 32, num_train: int = 1000, num_val: int | None = None, seed: int = 0) -> Task:
     """The digits as a classification task of ten classes.
 
     Images are enlarged bilinearly, repeated over three channels and normalised with mean and deviation 0.5.
@@ -22,26 +22,30 @@ def build_digits(image_size: int = 32, num_train: int = 1000, seed: int = 0) -> 
     Args:
         image_size: height and width in pixels.
         num_train: how many images train; the others are held out. 1,000 as in VTAB-1k.
+        num_val: how many of those held out are used; ``None`` for all of them.
         seed: of the split.
 
     Raises:
-        UserError: ``num_train`` leaves no image on one side, or ``image_size`` is below 1.
+        UserError: there are not so many images, or ``image_size`` is below 1.
     """
     if not 0 < num_train < NUM_DIGITS:
         raise UserError(f"config: data.num_train={num_train} has to lie between 1 and {NUM_DIGITS - 1}")
+    num_held_out = NUM_DIGITS - num_train
+    if num_val is not None and not 0 < num_val <= num_held_out:
+        raise UserError(f"config: data.num_val={num_val} has to lie between 1 and {num_held_out}, the images held out")
     if image_size < 1:
         raise UserError(f"config: data.image_size={image_size} has to be at least 1")
     digits = load_digits()
-    images_N1HW = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
+    order = torch.randperm(NUM_DIGITS, generator=torch.Generator().manual_seed(seed))
+    chosen = order[: num_train + (num_val or num_held_out)]
+    images_N1HW = torch.from_numpy(digits.images)[chosen].float().unsqueeze(1) / 16
     images_N1HW = F.interpolate(images_N1HW, (image_size, image_size), mode="bilinear", align_corners=False)
     images_NCHW = ((images_N1HW - 0.5) / 0.5).repeat(1, 3, 1, 1)
-    labels_N = torch.from_numpy(digits.target).long()
-    order = torch.randperm(NUM_DIGITS, generator=torch.Generator().manual_seed(seed))
-    train, val = order[:num_train], order[num_train:]
+    labels_N = torch.from_numpy(digits.target)[chosen].long()
     return Task(
-        train=TensorDataset(images_NCHW[train], labels_N[train]),
-        val=TensorDataset(images_NCHW[val], labels_N[val]),
-        num_train=len(train),
-        num_val=len(val),
+        train=TensorDataset(images_NCHW[:num_train], labels_N[:num_train]),
+        val=TensorDataset(images_NCHW[num_train:], labels_N[num_train:]),
+        num_train=num_train,
+        num_val=len(chosen) - num_train,
         num_classes=10,
     )

@@ -124,7 +124,7 @@ def partition(model: nn.Module, engine: EngineConfig, read: Callable[[str, Tenso
     import deepspeed
 
     start_deepspeed()
-    settings = deepspeed_config(engine)
+    settings = deepspeed_config(engine, num_trained=0)
     for name, module in model.named_modules():
         carrier = nn.Module()
         for own_name, parameter in list(module.named_parameters(recurse=False)):

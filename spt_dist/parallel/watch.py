@@ -156,8 +156,9 @@ class Watch:
         beat = self._current()
         if is_mistake(error):
             return Verdict(Kind.MISTAKE, self.rank, f"rank {self.rank}: {error}")
-        if isinstance(error, Stopped):
-            text = f"{error}: {beat.who} at {beat.where}; nothing was saved since the last checkpoint: start again"
+        if isinstance(error, Stopped | KeyboardInterrupt):
+            what = str(error) if isinstance(error, Stopped) else "stopped by SIGINT"
+            text = f"{what}: {beat.who} at {beat.where}; nothing was saved since the last checkpoint: start again"
             return Verdict(Kind.STOPPED, self.rank, text)
         if is_out_of_memory(error):
             return Verdict(

@@ -102,7 +102,7 @@ class RunNeeds:
                 num_samples,
                 autocast=getattr(torch, engine.amp_dtype) if engine.amp else None,
                 keeps_gradients=share.keeps_gradients and self.trainables.is_exact,
-                accumulates=False,
+                accumulates=self.passes > 1,
             )
 
     def parts_of_pass(self, memory: PassMemory) -> dict[str, int]:

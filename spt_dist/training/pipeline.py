@@ -26,6 +26,7 @@ from spt_dist.parallel.engines import OptimizerSettings, build_engine, check_eng
 from spt_dist.parallel.launch import local_device
 from spt_dist.parallel.signals import StopSignals
 from spt_dist.training.curves import check_backends
+from spt_dist.training.dry_run import DryRun, plan_run
 from spt_dist.training.monitor import SpeedSummary
 from spt_dist.training.profiling import check_profile
 from spt_dist.training.rank_log import rank_log
@@ -81,8 +82,6 @@ def check_config(config: RunConfig) -> None:
     else:
         maker = lookup("method.type", config.method["type"], {**PLAN_MAKERS, "spt": None})
         check_arguments(maker, options, "method", own=["model"])
-    if config.method["type"] == "full" and config.engine.frozen_dtype is not None:
-        raise UserError("config: engine.frozen_dtype, but method.type='full' leaves nothing frozen; take it out")
     if config.train.ema is not None and training_form(config.engine) == ZERO3:
         raise UserError("config: train.ema does not work with ZeRO stage 3; use engine.type='fsdp' for both")
 
@@ -154,6 +153,12 @@ def run_training(
     return result
 
 
+def plan_dry(config: RunConfig, world_size: int, memory_gib: float | None = None) -> DryRun:
+    """What ``run_training`` would train and need; see ``plan_run``."""
+    check_config(config)
+    return plan_run(config, world_size, memory_gib)
+
+
 def check_setup(work_dir: Path, task: Task, config: RunConfig) -> None:
     """Refuse what would fail in the middle of a run.
 
@@ -180,6 +185,8 @@ def _inject(config: RunConfig, plan: Plan, backbone: Backbone | None) -> nn.Modu
     engine = config.engine
     if backbone is None:
         trains_all = plan.num_in_place == plan.backbone_size
+        if trains_all and engine.frozen_dtype is not None:
+            raise UserError(f"config: engine.frozen_dtype={engine.frozen_dtype!r}, but the plan leaves nothing frozen")
         form = training_form(engine)
         backbone = build_backbone(config.model, engine, form, config.seed, local_device(), trains_all)
     # New modules start from the run's seed, so the loss curve does not depend on what was drawn before.

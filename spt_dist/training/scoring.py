@@ -157,5 +157,3 @@ def check_request(model: nn.Module, request: AllocationRequest) -> None:
     if request.structured is not None and find_kind(request.structured).takes_block:
         for block in dict.fromkeys(filter(None, map(block_of, matrices))):
             check_block(model, block)
-
-

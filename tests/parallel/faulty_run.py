@@ -45,10 +45,13 @@ def main() -> None:
         maybe_fail(options, 0, "starting")
         group.watch.report(0, "scoring")
         maybe_fail(options, 0, "scoring")
+        if options.fault == "kill busy":
+            time.sleep(20)  # the others hear of it by the launcher's SIGTERM, not by a collective
         dist.barrier()
         with group.stop.deferred():
             loop(options, group)
         group.watch.report(NUM_STEPS, "writing results")
+        maybe_fail(options, NUM_STEPS, "writing results")
         note(options, group.rank, f"done {group.world_size} {os.environ.get('TORCHELASTIC_RESTART_COUNT')}")
 
 

@@ -22,6 +22,8 @@ def test_a_single_process() -> None:
 
 def test_torchrun_and_deepspeed() -> None:
     assert read_environment(TORCHRUN) == LaunchEnvironment(3, 4, 1, 2, "node7", 1234)
+    agent = {**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert read_environment(agent) == LaunchEnvironment(3, 4, 1, 2, "node7", 1234, agent_store=True)
     deepspeed = {**TORCHRUN, "LOCAL_SIZE": "2"}
     del deepspeed["LOCAL_WORLD_SIZE"]
     assert read_environment(deepspeed) == LaunchEnvironment(3, 4, 1, 2, "node7", 1234)

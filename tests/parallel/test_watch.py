@@ -15,6 +15,7 @@ import torch.distributed as dist
 from spt_dist import UserError
 from spt_dist.exits import FAULT, LOST, STOPPED, USER_ERROR, RunEnded
 from spt_dist.parallel.beats import first_beat
+from spt_dist.parallel.signals import Stopped
 from spt_dist.parallel.store import Address, Board
 from spt_dist.parallel.watch import Watch
 from tests.launch.processes import RunningScript, ScriptResult
@@ -58,6 +59,8 @@ MEMORY = r"error: {who} ran out of memory at step 3, training step: .*; lower tr
 SAVED = r"stopped by (SIGTERM|SIGUSR1|a signal to another rank) at step 4; checkpoint saved: go on with --resume"
 NOT_SAVED = r"error: stopped by SIGTERM: {who} at step 0, scoring; nothing was saved .*"
 HUNG = r"error: no progress for 4 s: {who} is at step 3, "
+SILENT = r"error: {who} has given no sign of life for \d s .*; it was last seen at step 3, training step"
+STOP = "--fault stop --rank 1 --timeout 4 --seconds 10"
 LOADING = "--fault sleep --rank 1 --phase 'loading data' --timeout 4"
 DONE = ("done", "done")
 
@@ -66,10 +69,16 @@ CASES = {
     "no fault, deepspeed": Case("", "", 0, "deepspeed", notes=DONE),
     "slow rank": Case("--fault sleep --rank 1 --seconds 3 --timeout 6", "", 0, notes=DONE),
     "rank stopped for a while": Case("--fault stop --rank 0 --seconds 3 --timeout 6", "", 0, "deepspeed", notes=DONE),
+    "slow end": Case(
+        "--fault sleep --rank 1 --seconds 3 --step 12 --phase 'writing results'", "", 0, "deepspeed", notes=DONE
+    ),
     "kill 0": Case("--fault kill --rank 0", GONE, 1),
     "kill 1": Case("--fault kill --rank 1", GONE, 1),
     "kill 0, deepspeed": Case("--fault kill --rank 0", GONE, 256 - 9, "deepspeed"),
     "kill 1, deepspeed": Case("--fault kill --rank 1", GONE, 256 - 9, "deepspeed"),
+    "kill 1 while 0 is busy": Case(
+        "--fault 'kill busy' --rank 1 --step 0 --phase scoring", GONE.replace("3, training step", "0, scoring"), 1
+    ),
     "kill 2 of 3": Case("--fault kill --rank 2", GONE, 1, ranks=3),
     "fail": Case("--fault fail --rank 1", FAILED, FAULT, traceback="RuntimeError: the cat sat on the keyboard"),
     "fail, deepspeed": Case(
@@ -90,12 +99,8 @@ CASES = {
     "hung in loading, deepspeed": Case(LOADING, HUNG + "loading data", LOST, "deepspeed", seconds=4),
     "hung in a loop": Case("--fault spin --rank 0 --timeout 4", HUNG + "training step", LOST, seconds=4),
     "hung alone": Case("--fault spin --timeout 4", HUNG + "training step", LOST, "python", 1, seconds=4),
-    "stopped for long": Case(
-        "--fault stop --rank 1 --timeout 4 --seconds 10",
-        r"error: {who} has given no sign of life for \d s .*; it was last seen at step 3, training step",
-        LOST,
-        seconds=10,
-    ),
+    "stopped for long": Case(STOP, SILENT, LOST, seconds=10),
+    "stopped for long, deepspeed": Case(STOP, SILENT, LOST, "deepspeed", seconds=10),
     "never comes": Case(
         "--fault sleep --rank 1 --phase 'before joining' --step 0 --timeout 4",
         r"error: rank 1 has not come to join the others within 4 s; .*",
@@ -231,11 +236,23 @@ def watch() -> Watch:
             False,
         ),
         (MemoryError(), FAULT, r".* ran out of memory at step 12, evaluation: MemoryError; lower train\.", False),
+        (
+            KeyboardInterrupt(),
+            STOPPED,
+            r"stopped by SIGINT: rank 0 .* at step 12, evaluation; nothing was saved",
+            False,
+        ),
+        (
+            Stopped("SIGTERM"),
+            STOPPED,
+            r"stopped by SIGTERM: rank 0 .* at step 12, evaluation; nothing was saved",
+            False,
+        ),
         (dist.DistNetworkError("closed"), FAULT, r".* lost another rank, none of which says why, at step 12", True),
     ],
 )
 def test_what_an_error_of_a_rank_becomes(
-    watch: Watch, error: Exception, status: int, message: str, shows_traceback: bool
+    watch: Watch, error: BaseException, status: int, message: str, shows_traceback: bool
 ) -> None:
     with pytest.raises(RunEnded, match=message) as caught, watch:
         raise error
@@ -249,6 +266,12 @@ def test_a_mistake_stays_what_it_is(watch: Watch, error: Exception) -> None:
         raise error
     assert caught.value is error
     assert watch.verdict is not None and watch.verdict.status(1) == USER_ERROR
+
+
+def test_a_stop_after_a_checkpoint_is_an_ordinary_end_for_the_others(watch: Watch) -> None:
+    with pytest.raises(Stopped), watch:
+        raise Stopped("SIGTERM", 3)
+    assert watch.verdict is None
 
 
 def test_an_ordinary_end_leaves_no_thread(watch: Watch) -> None:

@@ -145,6 +145,25 @@ def test_engines_share_out(engine: dict[str, Any], smaller: set[str]) -> None:
         assert (found[part] < ddp[part]) == (part in smaller), part
 
 
+def test_fsdp_spreads_full_fine_tuning() -> None:
+    config = make_config({"type": "full"}, engine=EngineConfig(type="fsdp"))
+    found = plan_run(config, 8)
+    own = 4 * (found.trainables.backbone + found.trainables.head) / 8
+    step = found.phases["optimizer step"]
+    assert step["trained weights"] == step["gradients"] == pytest.approx(own, abs=4)
+    assert step["optimizer state"] == pytest.approx(2 * own, abs=8)
+    assert step.get("frozen weights") == 0
+
+
+def test_gradients_of_the_densest_plan_do_not_count() -> None:
+    """With one image they would take more than the activations."""
+    method = {"type": "spt", "budget": 4096, "rank": 64}
+    found = plan_run(make_config(method, train=TrainConfig(epochs=1, batch_size=1)), 1)
+    parts = found.phases["training pass"]
+    assert parts["gradients"] == 4 * (4096 + 970)
+    assert parts["activations and temporaries"] >= found.kept
+
+
 def test_amp_checkpointing_and_short_weights_save_memory() -> None:
     plain = plan_run(make_config(), 1)
     amp = plan_run(make_config(engine=EngineConfig(amp=True)), 1)

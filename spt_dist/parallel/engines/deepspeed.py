@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
+from math import prod
 from typing import Any
 
 import torch
@@ -27,12 +28,13 @@ class DeepSpeedEngine(Engine):
         import deepspeed
 
         start_deepspeed()
+        num_trained = sum(prod(whole_shape(parameter)) for _, parameter in trainable_parameters(model))
         self.zero_stage, self.accumulation = config.zero_stage, settings.accumulation
         self.skips_overflow = False
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_adamw(model, settings),
-            config=deepspeed_config(config, settings.clip_norm, settings.accumulation),
+            config=deepspeed_config(config, num_trained, settings.clip_norm, settings.accumulation),
         )
         self.module = self.engine.module
 

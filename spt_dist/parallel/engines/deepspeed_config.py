@@ -20,6 +20,7 @@ _OURS = {
     "torch_autocast": "engine.amp",
     "amp": "engine.amp",
 }
+_DEFAULT_BUCKET = 500_000_000
 
 
 def read_settings(engine: EngineConfig) -> dict[str, Any]:
@@ -54,16 +55,26 @@ def read_settings(engine: EngineConfig) -> dict[str, Any]:
     return settings
 
 
-def deepspeed_config(engine: EngineConfig, clip_norm: float | None = None, accumulation: int = 1) -> dict[str, Any]:
+def deepspeed_config(
+    engine: EngineConfig, num_trained: int, clip_norm: float | None = None, accumulation: int = 1
+) -> dict[str, Any]:
     """What ``deepspeed.initialize`` gets.
 
     Args:
         engine: stage, offloading, autocast and the user's own settings.
+        num_trained: parameters that are trained.
         clip_norm: largest norm of the gradient, ``None`` for no clipping.
         accumulation: backward passes in a step.
     """
     settings = read_settings(engine)
-    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    zero: dict[str, Any] = {
+        "stage": engine.zero_stage,
+        # DeepSpeed makes room for 500 million gradients otherwise, 2 GB on each rank.
+        "reduce_bucket_size": min(max(num_trained, 1), _DEFAULT_BUCKET),
+    }
+    if engine.zero_stage == 3:
+        # Otherwise it keeps up to a billion gathered weights, which is all of a ViT, and fetches four blocks ahead.
+        zero |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 10_000_000}
     if engine.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
         if engine.zero_stage == 3:
@@ -77,7 +88,7 @@ def deepspeed_config(engine: EngineConfig, clip_norm: float | None = None, accum
         "zero_allow_untested_optimizer": True,
         # DeepSpeed's own Adam for the CPU would have to be compiled; torch's does the same.
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": settings.get("zero_optimization", {}) | zero,
+        "zero_optimization": zero | settings.get("zero_optimization", {}),
         "torch_autocast": {"enabled": engine.amp, "dtype": engine.amp_dtype},
         "steps_per_print": settings.get("steps_per_print", 1 << 60),
     }
