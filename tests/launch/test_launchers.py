@@ -15,6 +15,7 @@ from tests.launch.runs import (
     read_plan,
     read_summary,
     read_task,
+    write_backbone,
     write_config,
 )
 
@@ -29,6 +30,8 @@ TOGETHER: dict[str, tuple[str, int, str, int]] = {
     "deepspeed, ddp": ("deepspeed", 2, "ddp", 0),
     "torchrun, ZeRO 0": ("torchrun", 2, "deepspeed", 0),
     "deepspeed, ZeRO 2": ("deepspeed", 2, "deepspeed", 2),
+    "torchrun, FSDP2": ("torchrun", 2, "fsdp", 2),
+    "deepspeed, ZeRO 3": ("deepspeed", 2, "deepspeed", 3),
 }
 CASES: dict[str, tuple[str, int, str, int]] = {ALONE: ("python", 1, "ddp", 0), **TOGETHER}
 
@@ -39,7 +42,8 @@ Runs = Mapping[str, tuple[Path, ScriptResult]]
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Work dir and result of every case."""
     folder = tmp_path_factory.mktemp("launchers")
-    config = write_config(folder / "tiny.py", EPOCHS)
+    backbone = write_backbone(folder / "backbone.safetensors", 3)
+    config = write_config(folder / "tiny.py", EPOCHS, backbone)
     work_dirs = {name: folder / f"run{number}" for number, name in enumerate(CASES)}
     launches = {}
     for name, (launcher, ranks, engine, zero_stage) in CASES.items():

@@ -1,5 +1,6 @@
 """The engines against a plain training loop in one process."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
@@ -350,3 +351,31 @@ def test_moving_average(tmp_path: Path, engine: EngineConfig) -> None:
         assert torch.allclose(found[name], value, rtol=1e-3, atol=1e-3), name
     again = run_ranks(train_averaged, 2, engine, str(tmp_path), 48)[0]
     assert all(torch.equal(again[name], value) for name, value in found.items())
+
+
+def overflow(config: EngineConfig) -> tuple[bool, float, float]:
+    """One good step with float16, and one whose gradients overflow: whether that was left out, and the scales."""
+    engine = make_engine(config)
+    images, labels = make_samples(8)
+    for factor in (1.0, 1e30):
+        before = {name: value.clone() for name, value in engine.trained()}
+        scale = float(engine.scaler.get_scale())  # type: ignore[attr-defined]
+        engine.backward(F.cross_entropy(engine(images).float(), labels) * factor)
+        norm = engine.step()
+    untouched = all(torch.equal(value, before[name]) for name, value in engine.trained())
+    assert engine.skips_overflow and not math.isfinite(norm)
+    state = engine.gather_state()
+    if not state:
+        return untouched, scale, float("nan")
+    assert float(state["optimizer/step"]) == 1
+    other = make_engine(config)
+    other.load_state(state)
+    return untouched, scale, float(other.scaler.get_scale())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("engine", [DDP, FSDP], ids=name_of)
+def test_a_step_that_overflows_in_float16_is_left_out(engine: EngineConfig) -> None:
+    """And the halved scale goes with the checkpoint."""
+    untouched, before, after = run_ranks(overflow, 1, replace(engine, amp=True, amp_dtype="float16"))[0]
+    assert untouched
+    assert after == before / 2

@@ -46,10 +46,13 @@ def read_settings(engine: EngineConfig) -> dict[str, Any]:
     settings: dict[str, Any] = _without_auto(given)
     for key, own in _OURS.items():
         value = settings.get(key)
-        if value is not None and value != {"enabled": False}:
+        if value not in (None, {}, {"enabled": False}):
             raise UserError(f"{where}: {key}={value!r} is decided by {own} of the run's config; take it out")
         settings.pop(key, None)
-    stage = settings.get("zero_optimization", {}).get("stage", engine.zero_stage)
+    zero = settings.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise UserError(f"{where}: zero_optimization={zero!r} has to be an object")
+    stage = zero.get("stage", engine.zero_stage)
     if stage != engine.zero_stage:
         raise UserError(f"{where}: zero_optimization.stage={stage}, but engine.zero_stage={engine.zero_stage}")
     return settings
