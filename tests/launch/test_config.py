@@ -45,7 +45,7 @@ def test_bases_file_and_options_in_that_order(config_path: Path) -> None:
         pytest.param({"model.checkpiont": "x"}, r"model\.checkpiont .* did you mean 'checkpoint'\?", id="model"),
         pytest.param({"sensitivity.samples": 3}, r"sensitivity\.samples .* did you mean '\w*samples'\?", id="scoring"),
         pytest.param({"engine.stage": 3}, r"engine\.stage .* did you mean 'zero_stage'\?", id="engine"),
-        pytest.param({"engine.qqq": 3}, r"engine\.qqq is unknown; known: type, zero_stage, amp", id="nothing near"),
+        pytest.param({"engine.qqq": 3}, r"engine\.qqq is unknown; known: type, zero_stage, offload", id="nothing near"),
     ],
 )
 def test_unknown_key(config_path: Path, options: dict[str, Any], message: str) -> None:
@@ -147,9 +147,9 @@ def test_missing_key(config_path: Path, line: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine.type": "horovod"}, r"engine\.type='horovod' is unknown; known: ddp, deepspeed"),
+        ({"engine.type": "horovod"}, r"engine\.type='horovod' is unknown; known: ddp, fsdp, deepspeed"),
         ({"engine.type": "deepsped"}, r"engine\.type='deepsped' is unknown; did you mean 'deepspeed'\?"),
-        ({"engine.zero_stage": 3}, r"engine\.zero_stage=3: choose one of 0, 1, 2"),
+        ({"engine.zero_stage": 4}, r"engine\.zero_stage=4: choose one of 0, 1, 2, 3"),
         ({"method.type": "lorra"}, r"method\.type='lorra' is unknown; did you mean 'lora'\?"),
         ({"method.ranks": 3}, r"method\.ranks is unknown; did you mean 'rank'\?"),
         ({"method.type": "lora"}, r"method\.(structured|budget|alpha|beta) is unknown"),

@@ -42,7 +42,7 @@ Runs = Mapping[str, tuple[Path, ScriptResult]]
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Work dir and result of every case."""
     folder = tmp_path_factory.mktemp("launchers")
-    backbone = write_backbone(folder / "backbone.safetensors", 3)
+    backbone = write_backbone(folder / "backbone.safetensors", 0)
     config = write_config(folder / "tiny.py", EPOCHS, backbone)
     work_dirs = {name: folder / f"run{number}" for number, name in enumerate(CASES)}
     launches = {}
