@@ -23,7 +23,7 @@ def main() -> None:
     source.add_argument("--merged", metavar="FILE", help="checkpoint written by launch/merge.py")
     arguments = parser.parse_args()
     config = read_config(arguments)
-    with process_group():
+    with process_group(config.engine.timeout):
         task = build_task(config.data, config.model.num_classes)
         model = build_model(config)
         if arguments.task:

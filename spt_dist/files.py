@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from spt_dist.errors import UserError
 
+# Under this name is the checksum of the metadata.
+_METADATA = ""
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -70,9 +73,11 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     Raises:
         OSError: as ``write_atomically``.
     """
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    plain = _without_shared_memory({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    described = json.dumps(metadata)
     checksums = {name: _checksum(tensor) for name, tensor in plain.items()}
-    text = {"format": "pt", "spt_dist": json.dumps(metadata), "crc32": json.dumps(checksums)}
+    checksums[_METADATA] = zlib.crc32(described.encode())
+    text = {"format": "pt", "spt_dist": described, "crc32": json.dumps(checksums)}
 
     def write(temporary: Path) -> None:
         try:
@@ -109,15 +114,23 @@ class TensorFile(Mapping[str, Tensor]):
             self._file = safe_open(self.path, framework="pt")
             self._names = dict.fromkeys(self._file.keys())
             written = self._file.metadata() or {}
-            self.metadata: dict[str, Any] = json.loads(written.get("spt_dist", "{}"))
+            described = written.get("spt_dist", "{}")
+            self.metadata: dict[str, Any] = json.loads(described)
             # Files of earlier versions have none.
             self._checksums: dict[str, int] = json.loads(written.get("crc32", "{}"))
         except (SafetensorError, json.JSONDecodeError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error}); it may be truncated") from error
+        if self._checksums.get(_METADATA, zlib.crc32(described.encode())) != zlib.crc32(described.encode()):
+            raise UserError(f"{path}: its metadata is not what was written; the file is damaged, take another copy")
         found = self.metadata.get("kind")
         if found != kind:
             what = f"a {found} file" if found else "a safetensors file without spt_dist metadata"
             raise UserError(f"{path}: this is {what}, not a {kind} file of spt_dist")
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether damage will be noticed; files of earlier versions have no checksums."""
+        return self._checksums.keys() == {*self._names, _METADATA}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
@@ -142,6 +155,15 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     """
     file = TensorFile(path, kind)
     return dict(file), file.metadata
+
+
+def _without_shared_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, those copied that have memory in common with others, which safetensors does not write."""
+    storages = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    return {
+        name: tensor.clone() if storages[tensor.untyped_storage().data_ptr()] > 1 else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -4,7 +4,7 @@ A backbone that is spread is never whole anywhere: its modules are made on torch
 from the checkpoint once they are spread (FSDP2; each rank reads its own rows only) or layer by layer (ZeRO-3).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from spt_dist.allocation.plan import Plan
 from spt_dist.compat import start_deepspeed
 from spt_dist.config import EngineConfig, ModelConfig
 from spt_dist.errors import UserError
@@ -51,7 +52,7 @@ def scoring_form(engine: EngineConfig) -> str:
 
 
 def build_backbone(
-    config: ModelConfig, engine: EngineConfig, form: str, seed: int, device: torch.device, train_all: bool = False
+    config: ModelConfig, engine: EngineConfig, form: str, seed: int, device: torch.device, plan: Plan | None = None
 ) -> Backbone:
     """Build the pre-trained model, the same under every engine and on every number of ranks. Collective.
 
@@ -61,29 +62,31 @@ def build_backbone(
         form: from ``training_form`` or ``scoring_form``.
         seed: of the head, and of the whole model where there is no checkpoint.
         device: this rank's.
-        train_all: whether all of the backbone will be trained, and not only its head, ``cls_token`` and what injection
-            adds, which are whole on every rank under FSDP2.
+        plan: that will be injected, if it is known. What it trains in place is kept in fp32 and, under FSDP2, whole on
+            every rank, as head and ``cls_token`` are in any case; unless it trains all of the backbone.
 
     Raises:
         UserError: as ``build_classifier``; or the ranks can't be cut into groups of ``shard_size``.
     """
+    train_all = plan is not None and plan.num_in_place == plan.backbone_size
+    in_place = () if plan is None or train_all else plan.parameters
     empty = create_model(config.name, config.num_classes, config.kwargs, torch.device("meta"))
     weights = None if config.checkpoint is None else WeightsFile(config.checkpoint)
     if form == WHOLE or weights is None or not _can_start_empty(empty):
         model = build_classifier(config.name, config.num_classes, config.kwargs, config.checkpoint, seed)
         found = fingerprint(model)
-        _prepare(model, engine, train_all)
+        _prepare(model, engine, train_all, in_place)
         if form == FSDP:
-            shard(model.to(device), engine.shard_size, device, train_all)
+            shard(model.to(device), engine.shard_size, device, train_all, in_place)
         elif form == ZERO3:
             partition(model.to(device), engine)
         return Backbone(model.to(device), found)
 
     weights.check(empty)
     found = _hash_on_rank_0(weights, empty)
-    _prepare(empty, engine, train_all)
+    _prepare(empty, engine, train_all, in_place)
     if form == FSDP:
-        shard(empty, engine.shard_size, device, train_all)
+        shard(empty, engine.shard_size, device, train_all, in_place)
         empty.to_empty(device=device)
         load_backbone(empty, str(config.checkpoint))
         for name, value in head_values(empty, seed).items():
@@ -94,20 +97,27 @@ def build_backbone(
     return Backbone(empty, found)
 
 
-def shard(model: nn.Module, shard_size: int | None, device: torch.device, train_all: bool = False) -> None:
+def shard(
+    model: nn.Module,
+    shard_size: int | None,
+    device: torch.device,
+    train_all: bool = False,
+    in_place: Collection[str] = (),
+) -> None:
     """Spread a model over the ranks with FSDP2, block by block, in place, before or after its injection. Collective.
 
     Args:
         model: on its device, or on torch's meta device.
         shard_size: see ``EngineConfig``.
         device: this rank's.
-        train_all: see ``build_backbone``.
+        train_all: whether all of the backbone is trained; then nothing of it stays whole.
+        in_place: names of parameters that are trained in place, beside head and ``cls_token``.
 
     Raises:
         UserError: the ranks can't be cut into groups of ``shard_size``.
     """
     mesh = _make_mesh(shard_size, device)
-    kept = set() if train_all else _trained_anyway(model)
+    kept = set() if train_all else _trained_anyway(model) | {model.get_parameter(name) for name in in_place}
     for unit in [*find_units(model), model]:
         # What stays gathered after an evaluation would miss the next update.
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
@@ -147,11 +157,11 @@ def _trained_anyway(model: nn.Module) -> set[nn.Parameter]:
     return {model.get_parameter(name) for name in (*inventory.head, *inventory.always_tuned)}
 
 
-def _prepare(model: nn.Module, engine: EngineConfig, train_all: bool) -> None:
+def _prepare(model: nn.Module, engine: EngineConfig, train_all: bool, in_place: Collection[str]) -> None:
     # FSDP2 makes whole parameters that keep this flag as it was at their first use.
     model.requires_grad_(train_all)
     if engine.frozen_dtype is not None:
-        shorten_frozen(model, getattr(torch, engine.frozen_dtype))
+        shorten_frozen(model, getattr(torch, engine.frozen_dtype), in_place)
 
 
 def _can_start_empty(model: nn.Module) -> bool:

@@ -34,6 +34,7 @@ class RunIdentity:
         seed: of the run.
         batch_size: samples in a step over all ranks.
         num_train: training samples.
+        data: the config's section.
         model: architecture and number of classes.
         method: the config's section.
         schedule: what else the loss curve depends on; another one is taken, with a warning.
@@ -42,6 +43,7 @@ class RunIdentity:
     seed: int
     batch_size: int
     num_train: int
+    data: dict[str, Any]
     model: dict[str, Any]
     method: dict[str, Any]
     schedule: dict[str, Any]
@@ -82,14 +84,21 @@ class Checkpoint:
     identity: RunIdentity
     path: Path
 
-    def check(self, identity: RunIdentity, fingerprint: str) -> None:
+    def check_backbone(self, fingerprint: str) -> None:
+        """Refuse another backbone.
+
+        Raises:
+            UserError: its fingerprint is another.
+        """
+        if self.fingerprint != fingerprint:
+            raise UserError(f"{self.path}: belongs to a backbone with other weights; check model.checkpoint")
+
+    def check(self, identity: RunIdentity) -> None:
         """Refuse to go on with another run's checkpoint, and warn of another schedule.
 
         Raises:
             UserError: names what differs.
         """
-        if self.fingerprint != fingerprint:
-            raise UserError(f"{self.path}: belongs to a backbone with other weights; check model.checkpoint")
         mine, other = asdict(self.identity), asdict(identity)
         mine_schedule, other_schedule = mine.pop("schedule"), other.pop("schedule")
         for key, (old, new) in _differences(mine, other).items():
@@ -180,6 +189,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise UserError(
             f"{path}: checkpoint of version {metadata.get('version')}, this spt_dist reads {FORMAT_VERSION}"
         )
+    if not file.has_checksums:
+        raise UserError(f"{path}: has no checksums; the file is damaged, take another one")
     progress = Progress(**metadata["progress"])
     named = _NAME.fullmatch(path.name)
     if named is not None and int(named[1]) != progress.num_steps:
@@ -213,12 +224,15 @@ class _State(Mapping[str, Tensor]):
 
 def _find_latest(directory: Path) -> Path | None:
     pointer = directory / "latest"
-    if not pointer.is_file():
+    candidates = sorted(directory.glob("step-*.safetensors"), reverse=True)
+    if pointer.is_file():
+        named = directory / pointer.read_text(encoding="utf-8").strip()
+        # What is later than the latest is of a run that was gone back on.
+        candidates = [named, *(path for path in candidates if path.name < named.name)]
+    if not candidates:
         return None
-    named = directory / pointer.read_text(encoding="utf-8").strip()
-    others = [path for path in sorted(directory.glob("step-*.safetensors"), reverse=True) if path != named]
     first: UserError | None = None
-    for path in [named, *others]:
+    for path in candidates:
         try:
             return _check_file(path, str(pointer))
         except UserError as error:
@@ -234,6 +248,17 @@ def _check_file(path: Path, named_by: str) -> Path:
     for _ in load_checkpoint(path).state.values():
         pass
     return path
+
+
+def drop_later(directory: Path, num_steps: int) -> None:
+    """Delete the checkpoints that come after ``num_steps`` steps, for the run goes on from there. On rank 0 only."""
+    pointer = directory / "best"
+    for path in sorted(directory.glob("step-*.safetensors")):
+        named = _NAME.fullmatch(path.name)
+        if named is not None and int(named[1]) > num_steps:
+            path.unlink()
+            if pointer.is_file() and pointer.read_text(encoding="utf-8") == path.name:
+                pointer.unlink()
 
 
 def _delete_old(directory: Path, keep: int) -> None:

@@ -1,5 +1,6 @@
 """A whole run from a config: model, sensitivity, plan, training, task file."""
 
+import gc
 import json
 import time
 from contextlib import nullcontext
@@ -30,7 +31,7 @@ from spt_dist.training.dry_run import DryRun, plan_run
 from spt_dist.training.monitor import SpeedSummary
 from spt_dist.training.profiling import check_profile
 from spt_dist.training.rank_log import rank_log
-from spt_dist.training.record import put_aside, write_record
+from spt_dist.training.record import make_room, write_record
 from spt_dist.training.reports import Report, ignore
 from spt_dist.training.scoring import make_run_plan, method_options
 from spt_dist.training.trainer import Trainer, run_identity
@@ -111,6 +112,8 @@ def run_training(
     task = build_task(config.data, config.model.num_classes)
     check_setup(work_dir, task, config)
     checkpoint = find_checkpoint(resume, work_dir / "checkpoints")
+    if checkpoint is not None:
+        checkpoint.check(run_identity(config, task))
     report(0, "building the model")
     started = time.perf_counter()
     plan, scores, backbone = (
@@ -118,10 +121,9 @@ def run_training(
     )
     seconds_scoring = time.perf_counter() - started
     tuned = _inject(config, plan, backbone)
-    if checkpoint is None:
-        put_aside(work_dir)
-    else:
-        checkpoint.check(run_identity(config, task), str(tuned.spt_fingerprint))
+    if checkpoint is not None:
+        checkpoint.check_backbone(str(tuned.spt_fingerprint))
+    make_room(work_dir, checkpoint)
     if scores is not None:
         scores.save(work_dir / "scores")
         scores = None  # as large as the backbone
@@ -184,11 +186,12 @@ def _inject(config: RunConfig, plan: Plan, backbone: Backbone | None) -> nn.Modu
     """The plan on a backbone in the form that the engine trains: the scored one, or a new one. Collective."""
     engine = config.engine
     if backbone is None:
-        trains_all = plan.num_in_place == plan.backbone_size
-        if trains_all and engine.frozen_dtype is not None:
+        # What was scored goes before it is loaded anew, and it is held by cycles.
+        gc.collect()
+        if engine.frozen_dtype is not None and plan.num_in_place == plan.backbone_size:
             raise UserError(f"config: engine.frozen_dtype={engine.frozen_dtype!r}, but the plan leaves nothing frozen")
         form = training_form(engine)
-        backbone = build_backbone(config.model, engine, form, config.seed, local_device(), trains_all)
+        backbone = build_backbone(config.model, engine, form, config.seed, local_device(), plan)
     # New modules start from the run's seed, so the loss curve does not depend on what was drawn before.
     torch.manual_seed(config.seed)
     return install(backbone.model, plan, make_modules(backbone.model, plan), backbone.fingerprint)

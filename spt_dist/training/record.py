@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 
 from spt_dist.config import RunConfig
+from spt_dist.errors import UserError
 from spt_dist.files import write_text
+from spt_dist.parallel.checkpoints import Checkpoint, drop_later
 
 ARTEFACTS = (
     "run.json",
@@ -45,6 +47,27 @@ def put_aside(work_dir: Path) -> None:
         for path in found:
             path.rename(previous / path.name)
         logger.warning("%s held an earlier run; it is now in %s (--resume goes on instead)", work_dir, previous)
+    dist.barrier()
+
+
+def make_room(work_dir: Path, checkpoint: Checkpoint | None) -> None:
+    """Let a work dir hold what belongs to this run and nothing else. Collective.
+
+    A run that goes on from a checkpoint of this work dir drops what came after it there; any other puts all aside.
+
+    Raises:
+        UserError: the checkpoint lies in ``previous/``, which is about to be dropped.
+    """
+    own = work_dir / "checkpoints"
+    if checkpoint is None or checkpoint.path.parent.resolve() != own.resolve():
+        if checkpoint is not None and (work_dir / "previous").resolve() in checkpoint.path.resolve().parents:
+            raise UserError(
+                f"--resume {checkpoint.path}: move it out of {work_dir / 'previous'}, or give another work dir"
+            )
+        put_aside(work_dir)
+        return
+    if dist.get_rank() == 0:
+        drop_later(own, checkpoint.progress.num_steps)
     dist.barrier()
 
 

@@ -63,6 +63,8 @@ def score(config: RunConfig, model: nn.Module, task: Task, report: Report = igno
     same_batches = wanted.criterion == "batch"
     dealt = deal_samples(sample_ids, wanted.batch_size, rank, dist.get_world_size(), same_batches)
     limit = wanted.memory_limit_gib
+    # Layers whose weights are kept in a shorter format run in that format.
+    dtype = wanted.dtype or config.engine.frozen_dtype
     device = local_device()
     torch.manual_seed(config.seed + rank)
     with progress_bar("sensitivity", len(dealt), rank == 0) as bar:
@@ -80,7 +82,7 @@ def score(config: RunConfig, model: nn.Module, task: Task, report: Report = igno
                 F.cross_entropy,
                 wanted.criterion,
                 train_mode=wanted.train_mode,
-                dtype=None if wanted.dtype is None else getattr(torch, wanted.dtype),
+                dtype=None if dtype is None else getattr(torch, dtype),
                 memory_limit=None if limit is None else int(limit * 2**30),
                 shard_sums=wanted.shard_sums,
                 sample_ids=sample_ids,

@@ -97,6 +97,7 @@ class Trainer:
             progress_bar("training", self.total_steps, self.rank == 0, first) as bar,
         ):
             for epoch in range(first // steps_per_epoch, train.epochs):
+                must_stop = False
                 for batch in monitor.timed(self._load(epoch)):
                     lr = self.schedule.at(self.progress.num_steps)
                     loss, norm, must_stop = self.train_step(batch, lr)
@@ -105,21 +106,24 @@ class Trainer:
                     monitor.step(step=step, loss=loss, lr=lr, grad_norm=norm, num_samples=batch.num_global)
                     profiler.step()
                     bar.advance(note=f"loss {loss:.4f}")
-                    if must_stop:
-                        self.save(monitor, is_needed=True)
-                        raise self.stop.stopped(step)
-                    if train.checkpoint_steps is not None and step % train.checkpoint_steps == 0:
-                        self.save(monitor)
-                done = epoch + 1
-                is_best = False
-                if done % train.eval_interval == 0 or done == train.epochs:
+                    # Behind the last step of an epoch comes its evaluation first: a run that goes on from there has it.
+                    if step % steps_per_epoch and (must_stop or self._is_due(step)):
+                        self.save(monitor, is_needed=must_stop)
+                        if must_stop:
+                            raise self.stop.stopped(step)
+                done, is_last, is_best = epoch + 1, epoch + 1 == train.epochs, False
+                if done % train.eval_interval == 0 or is_last:
                     accuracy = self.evaluate()
-                    is_best = self._note_best(accuracy)
-                    metrics.write(step=self.progress.num_steps, epoch=epoch, top1=accuracy)
-                    monitor.evaluation(self.progress.num_steps, top1=accuracy)
+                    best = self.progress.best_top1
+                    is_best = train.save_best and (best is None or accuracy > best)
+                    metrics.write(step=step, epoch=epoch, top1=accuracy)
+                    monitor.evaluation(step, top1=accuracy)
                 monitor.epoch_end(epoch)
-                if done % train.checkpoint_interval == 0 or done == train.epochs or is_best:
-                    self.save(monitor, is_best)
+                is_due = done % train.checkpoint_interval == 0 or self._is_due(step)
+                if is_due or is_last or is_best or must_stop:
+                    self.save(monitor, accuracy if is_best else None, is_needed=must_stop)
+                if must_stop:
+                    raise self.stop.stopped(step)
             self.speed = monitor.summary()
         # A run that is resumed after its last step has nothing left to train.
         return self.evaluate() if math.isnan(accuracy) else accuracy
@@ -181,40 +185,56 @@ class Trainer:
             return keep_on_rank_0(self.average.whole())
         return self.engine.trainable_values()
 
-    def save(self, monitor: Monitor, is_best: bool = False, is_needed: bool = False) -> None:
-        """Write a checkpoint, and with ``save_best`` the task file of the best one. Collective.
+    def save(self, monitor: Monitor, best_top1: float | None = None, is_needed: bool = False) -> None:
+        """Write a checkpoint, and the task file of the best one. Collective.
 
         Where the disk is full the run goes on, and the last good checkpoint stays.
 
         Args:
             monitor: is told how long it took.
-            is_best: whether no evaluation before this was better.
+            best_top1: accuracy of the evaluation at this step, if none before was better and that is to be saved.
             is_needed: whether the run ends after this, so that an error is one.
 
         Raises:
             OSError: it can't be written, and ``is_needed``.
         """
-        step = self.progress.num_steps
+        step, progress = self.progress.num_steps, self.progress
+        if best_top1 is not None:
+            progress = replace(progress, best_top1=best_top1, best_step=step)
         self.report(step, "saving a checkpoint")
         started = time.perf_counter()
         state = self.engine.gather_state()
         if self.average is not None:
             state |= keep_on_rank_0(self.average.state())
-        values = self.trained_values() if is_best else {}
+        values = {} if best_top1 is None else self.trained_values()
+        is_written = torch.zeros(1, device=self.device)
         if self.rank == 0:
-            keep = self.config.train.keep_checkpoints
-            module, identity = self.engine.module, run_identity(self.config, self.task)
             try:
-                path = save_checkpoint(self.checkpoint_dir, state, module, self.progress, identity, keep)
-                if is_best:
-                    mark_best(self.checkpoint_dir, path)
-                    save_tensors(self.work_dir / "task_best.safetensors", *describe_delta(module, values))
-                monitor.saved(step, path, time.perf_counter() - started, path.stat().st_size)
+                path = self._write(state, progress, values)
+                is_written += 1
             except OSError as error:
                 if is_needed:
                     raise
                 logger.error("the checkpoint of step %d can't be written (%s); the last good one stays", step, error)
-        dist.barrier()
+            else:
+                monitor.saved(step, path, time.perf_counter() - started, path.stat().st_size)
+        dist.broadcast(is_written, 0)
+        if is_written:
+            self.progress = progress
+
+    def _write(self, state: State, progress: Progress, best_values: State) -> Path:
+        """Write a checkpoint and, where there are values of a new best, mark it and write their task file."""
+        keep, module = self.config.train.keep_checkpoints, self.engine.module
+        path = save_checkpoint(self.checkpoint_dir, state, module, progress, run_identity(self.config, self.task), keep)
+        if best_values:
+            mark_best(self.checkpoint_dir, path)
+            save_tensors(self.work_dir / "task_best.safetensors", *describe_delta(module, best_values))
+        return path
+
+    def _is_due(self, step: int) -> bool:
+        """Whether ``train.checkpoint_steps`` wants a checkpoint after this many steps."""
+        interval = self.config.train.checkpoint_steps
+        return interval is not None and step % interval == 0
 
     def _load(self, epoch: int) -> Iterator[Batch]:
         """The rest of an epoch's batches."""
@@ -224,14 +244,6 @@ class Trainer:
         for batch in load_batches(self.task.train, dealt, self.device):
             yield batch
             self.report(self.progress.num_steps, "loading data")
-
-    def _note_best(self, accuracy: float) -> bool:
-        """Whether this is the best evaluation so far, and that is to be saved."""
-        best = self.progress.best_top1
-        if best is not None and accuracy <= best:
-            return False
-        self.progress = replace(self.progress, best_top1=accuracy, best_step=self.progress.num_steps)
-        return self.config.train.save_best
 
     def _not_finite(self, what: str, value: float, lr: float, batch: Batch, losses_B: Tensor) -> UserError:
         """Which samples of which rank gave no finite loss. Collective."""
@@ -254,10 +266,11 @@ def run_identity(config: RunConfig, task: Task) -> RunIdentity:
         seed=config.seed,
         batch_size=train.batch_size,
         num_train=task.num_train,
+        data=config.data,
         model={"name": model.name, "num_classes": model.num_classes, "kwargs": model.kwargs},
         method={key: value for key, value in config.method.items() if key != "path"},
         schedule={
-            "data": config.data,
+            "method.path": config.method.get("path"),
             "train": {
                 name: getattr(train, name)
                 for name in ("epochs", "lr", "min_lr", "warmup_epochs", "warmup_lr", "weight_decay", "clip_norm", "ema")

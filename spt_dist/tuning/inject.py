@@ -134,10 +134,10 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
 
 def print_trainable_parameters(model: nn.Module) -> None:
     """Print how many parameters of the model are trained: the plan's table if it has one, head and total."""
-    sizes = {name: parameter.numel() for name, parameter in trainable_parameters(model)}
+    sizes = {name: prod(whole_shape(parameter)) for name, parameter in trainable_parameters(model)}
     plan = getattr(model, "spt_plan", None)
     head = sum(sizes[name] for name in plan.head) if plan is not None else 0
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(prod(whole_shape(parameter)) for parameter in model.parameters())
     if plan is not None:
         print(plan.summary())
     rows = [

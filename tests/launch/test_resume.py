@@ -107,7 +107,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory, alone: Path) -> dict[str, 
     launches = {}
     for name, (options, ranks) in RESUMED.items():
         shutil.copytree(alone, work_dirs[name])
-        arguments = training(work_dirs[name], *options, resume=checkpoint_path(alone, RESUME_AT))
+        arguments = training(work_dirs[name], *options, resume=checkpoint_path(work_dirs[name], RESUME_AT))
         launches[name] = Launch(arguments, "torchrun", ranks)
     for result in run_all(launches).values():
         result.check()

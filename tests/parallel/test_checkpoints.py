@@ -14,6 +14,7 @@ from spt_dist import UserError, inject
 from spt_dist.parallel.checkpoints import (
     Progress,
     RunIdentity,
+    drop_later,
     find_checkpoint,
     load_checkpoint,
     mark_best,
@@ -27,6 +28,7 @@ IDENTITY = RunIdentity(
     seed=4,
     batch_size=16,
     num_train=100,
+    data={"type": "digits", "seed": 1},
     model={"name": "vit", "kwargs": {"depth": 2, "dims": (3, 4)}},
     method={"type": "spt", "budget": 100},
     schedule={"train": {"lr": 1e-3}},
@@ -89,6 +91,7 @@ def test_what_a_killed_run_had_begun_to_write_goes(tmp_path: Path) -> None:
         ({"batch_size": 8}, "with batch_size=16, this one has batch_size=8"),
         ({"seed": 5}, "with seed=4, this one has seed=5"),
         ({"num_train": 99}, "num_train=100"),
+        ({"data": {"type": "digits", "seed": 2}}, r"data\.seed=1, this one has data\.seed=2"),
         ({"method": {"type": "spt", "budget": 101}}, r"method\.budget=100, this one has method\.budget=101"),
         ({"method": {"type": "lora"}}, r"method\.type='spt', this one has method\.type='lora'"),
         ({"model": {"name": "vit", "kwargs": {"depth": 3, "dims": (3, 4)}}}, r"model\.kwargs\.depth=2"),
@@ -96,18 +99,23 @@ def test_what_a_killed_run_had_begun_to_write_goes(tmp_path: Path) -> None:
 )
 def test_another_run_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     checkpoint = load_checkpoint(save(tmp_path, 5))
-    checkpoint.check(IDENTITY, checkpoint.fingerprint)
+    checkpoint.check(IDENTITY)
     with pytest.raises(UserError, match=message):
-        checkpoint.check(replace(IDENTITY, **change), checkpoint.fingerprint)
+        checkpoint.check(replace(IDENTITY, **change))
+
+
+def test_another_backbone_is_refused(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(save(tmp_path, 5))
+    checkpoint.check_backbone(checkpoint.fingerprint)
     with pytest.raises(UserError, match="backbone with other weights"):
-        checkpoint.check(IDENTITY, "0" * 64)
+        checkpoint.check_backbone("0" * 64)
 
 
 def test_another_schedule_is_taken_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint = load_checkpoint(save(tmp_path, 5))
-    checkpoint.check(IDENTITY, checkpoint.fingerprint)
+    checkpoint.check(IDENTITY)
     assert not caplog.messages
-    checkpoint.check(replace(IDENTITY, schedule={"train": {"lr": 1e-2}}), checkpoint.fingerprint)
+    checkpoint.check(replace(IDENTITY, schedule={"train": {"lr": 1e-2}}))
     assert "was written with train.lr=0.001; going on with 0.01" in caplog.text
 
 
@@ -170,10 +178,24 @@ def make_foreign(path: Path) -> None:
     random_plan(make_vit(), 1).save(path)
 
 
+def flip_metadata(path: Path) -> None:
+    """Change one letter of what the file says of itself."""
+    content = path.read_bytes()
+    assert content.count(b"best_top1") == 1
+    path.write_bytes(content.replace(b"best_top1", b"best_topX"))
+
+
+def lose_checksums(path: Path) -> None:
+    """Change one letter of the key under which they are."""
+    path.write_bytes(path.read_bytes().replace(b"crc32", b"crc33"))
+
+
 DAMAGES: dict[Callable[[Path], None], str] = {
     truncate: "truncated",
     cut_end: "truncated",
     flip: "damaged",
+    flip_metadata: "metadata is not what was written",
+    lose_checksums: "has no checksums",
     swap: "after 5 steps; it was swapped",
     make_foreign: "this is a plan file, not a checkpoint",
     Path.unlink: "no checkpoint file",
@@ -195,6 +217,25 @@ def test_damaged_files_are_refused_by_name(
     good.write_bytes(b"")
     with pytest.raises(UserError, match=r"no other checkpoint .* is whole"):
         find_checkpoint("auto", tmp_path)
+
+
+def test_without_a_pointer_the_files_count(tmp_path: Path) -> None:
+    """A kill may come between a file and its name's being written."""
+    save(tmp_path, 5)
+    last = save(tmp_path, 10)
+    (tmp_path / "latest").unlink()
+    found = find_checkpoint("auto", tmp_path)
+    assert found is not None and found.path == last
+
+
+def test_what_comes_after_a_step_is_dropped(tmp_path: Path) -> None:
+    for num_steps in (5, 10, 15):
+        path = save(tmp_path, num_steps, keep=9)
+    mark_best(tmp_path, path)
+    drop_later(tmp_path, 10)
+    assert names(tmp_path) == ["latest", "step-00000005.safetensors", "step-00000010.safetensors"]
+    save(tmp_path, 12, keep=2)
+    assert names(tmp_path) == ["latest", "step-00000010.safetensors", "step-00000012.safetensors"]
 
 
 def find_on_both(folder: str) -> str:

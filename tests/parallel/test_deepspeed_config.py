@@ -16,13 +16,15 @@ ZERO2, ZERO3 = (EngineConfig(type="deepspeed", zero_stage=stage) for stage in (2
 # As other trainers' files look.
 COMMON: dict[str, Any] = {
     "bf16": {"enabled": "auto"},
-    "fp16": {"enabled": False},
+    "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
     "zero_optimization": {
         "stage": 3,
         "offload_optimizer": {"device": "cpu", "pin_memory": True},
         "reduce_bucket_size": "auto",
         "stage3_max_reuse_distance": 1e9,
     },
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}},
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}},
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
     "train_batch_size": "auto",
@@ -77,7 +79,11 @@ def test_offloading(offload: EngineConfig) -> None:
         (replace(ZERO2, deepspeed={"optimizer": {"type": "Adam"}}), r"decided by train\.lr"),
         (replace(ZERO2, deepspeed={"bf16": {"enabled": True}}), r"decided by engine\.amp"),
         (replace(ZERO2, deepspeed={"zero_optimization": {"stage": 3}}), r"stage=3, but engine\.zero_stage=2"),
+        (replace(ZERO2, deepspeed={"zero_optimization": {"stage": "2"}}), r"stage='2', but engine\.zero_stage=2"),
         (replace(ZERO2, deepspeed={"zero_optimization": 3}), r"zero_optimization=3 has to be an object"),
+        (replace(ZERO2, deepspeed={"zero_optimization": {"foo": 1}}), r"zero_optimization\.foo=1: Extra inputs"),
+        (replace(ZERO2, deepspeed={"zero_optimization": {"reduce_bucket_size": "big"}}), r"reduce_bucket_size='big'"),
+        (EngineConfig(compile="indctor"), r"engine\.compile='indctor' is unknown; did you mean 'inductor'"),
     ],
 )
 def test_what_no_engine_can_serve(engine: EngineConfig, message: str) -> None:
@@ -85,9 +91,9 @@ def test_what_no_engine_can_serve(engine: EngineConfig, message: str) -> None:
         check_engine(engine)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '"stage"'])
-def test_a_file_that_is_no_object(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("content", [b"{", b"[1]", b'"stage"', b"\xff\xfe{}"])
+def test_a_file_that_is_no_object(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "broken.json"
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(content)
     with pytest.raises(UserError, match=r"broken\.json"):
         check_engine(replace(ZERO2, deepspeed=str(path)))

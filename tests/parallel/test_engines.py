@@ -14,16 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from spt_dist import UserError, inject, trainable_parameters
+from spt_dist import Plan, UserError, inject, trainable_parameters
 from spt_dist.config import EngineConfig, LogConfig, ModelConfig, RunConfig, TrainConfig
 from spt_dist.data.batches import load_batches
 from spt_dist.data.task import Task
+from spt_dist.models.classifier import create_model
+from spt_dist.models.matrices import take_inventory
 from spt_dist.models.sharded import whole_value
-from spt_dist.parallel.backbone import partition, shard, training_form
+from spt_dist.parallel.backbone import build_backbone, partition, shard, training_form
 from spt_dist.parallel.checkpoints import load_checkpoint
 from spt_dist.parallel.engines import Engine, OptimizerSettings, build_engine
 from spt_dist.training.metrics import read_metrics
 from spt_dist.training.trainer import Trainer
+from spt_dist.tuning.inject import install, make_modules
 from spt_dist.tuning.methods import make_plan
 from tests.models_for_tests import make_samples, make_vit
 from tests.ranks import run_ranks
@@ -379,3 +382,53 @@ def test_a_step_that_overflows_in_float16_is_left_out(engine: EngineConfig) -> N
     untouched, before, after = run_ranks(overflow, 1, replace(engine, amp=True, amp_dtype="float16"))[0]
     assert untouched
     assert after == before / 2
+
+
+def train_some_in_place(config: EngineConfig, folder: str) -> tuple[list[float], list[torch.dtype], float]:
+    """A plan that trains parts of the backbone in place, on a backbone that is built for it."""
+    spared = ["blocks.0.norm1.weight", "blocks.1.attn.proj.weight"]
+    name, kwargs = (
+        "vit_tiny_patch16_224",
+        {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2},
+    )
+    plain = create_model(name, 10, kwargs, torch.device("meta"))
+    inventory = take_inventory(plain)
+    names = [*inventory.always_tuned, *spared]
+    shapes = {name: tuple(plain.get_parameter(name).shape) for name in names}
+    plan = Plan(parameters=names, head=inventory.head, shapes=shapes, backbone_size=inventory.backbone_size)
+    model = ModelConfig(name=name, num_classes=10, kwargs=kwargs)
+    backbone = build_backbone(model, config, training_form(config), 3, CPU, plan)
+    tuned = install(backbone.model, plan, make_modules(backbone.model, plan), backbone.fingerprint)
+    engine = build_engine(config, tuned, SETTINGS, CPU)
+    make_trainer(engine, config, folder, epochs=2).fit()
+    dtypes = [engine.module.get_parameter(name).dtype for name in (*spared, "blocks.0.attn.proj.weight")]
+    return read_losses(Path(folder)), dtypes, sum(float(value.abs().sum()) for _, value in engine.trained())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", [FSDP, ZERO[3], replace(FSDP, amp=True, frozen_dtype="bfloat16")], ids=name_of)
+def test_parts_of_the_backbone_may_be_trained_in_place(tmp_path: Path, engine: EngineConfig) -> None:
+    """They stay fp32, and under FSDP2 whole."""
+    wanted = run_ranks(train_some_in_place, 2, DDP, str(tmp_path / "ddp"))[0]
+    found = run_ranks(train_some_in_place, 2, engine, str(tmp_path / "other"))[0]
+    tolerance = 0.02 if engine.amp else 1e-4
+    assert found[0] == pytest.approx(wanted[0], rel=tolerance)
+    assert found[2] == pytest.approx(wanted[2], rel=tolerance)
+    assert found[1] == [torch.float32, torch.float32, torch.bfloat16 if engine.amp else torch.float32]
+
+
+def never_finite(config: EngineConfig, folder: str) -> tuple[str, int]:
+    """A float16 run whose gradient is NaN for good: the error, and the steps until then."""
+    engine = make_engine(config)
+    engine.module.get_parameter("head.weight").register_hook(lambda gradient: gradient * float("nan"))
+    trainer = make_trainer(engine, config, folder)
+    with pytest.raises(UserError) as caught:
+        trainer.fit()
+    return str(caught.value), trainer.progress.num_steps
+
+
+def test_float16_that_never_gets_a_finite_gradient_ends(tmp_path: Path) -> None:
+    message, steps = run_ranks(never_finite, 1, replace(DDP, amp=True, amp_dtype="float16"), str(tmp_path))[0]
+    assert message.startswith("the norm of the gradient is nan at step 16")
+    # The scale begins at 2^16 and is halved each time.
+    assert steps == 16

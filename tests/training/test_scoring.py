@@ -14,7 +14,7 @@ from spt_dist import UserError, estimate_sensitivity
 from spt_dist.config import load_config
 from spt_dist.data.tasks import build_task
 from spt_dist.training.scoring import build_model, choose_samples, load_scores, make_run_plan, score
-from tests.launch.runs import NUM_TRAIN, write_config
+from tests.launch.runs import NUM_TRAIN, write_backbone, write_config
 from tests.models_for_tests import make_samples, make_vit, pick
 from tests.ranks import run_ranks
 from tests.sensitivity.oracle import relative_error
@@ -160,3 +160,26 @@ def test_a_broken_image_is_named_by_its_place_in_the_training_set(tmp_path: Path
     said = run_ranks(score_broken_on_ranks, 2, str(write_config(tmp_path / "tiny.py")))
     assert said[0] == said[1]
     assert "the inputs hold NaN" in said[0]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_shortened_weights_are_scored_under_autocast(tmp_path: Path, engine: str) -> None:
+    """And the plan's rank agrees with that of full precision for most of the weights."""
+    backbone = write_backbone(tmp_path / "backbone.safetensors", 0)
+    path = str(write_config(tmp_path / "tiny.py", checkpoint=backbone))
+    options = {"engine.type": engine, "engine.amp": True, "engine.frozen_dtype": "bfloat16"}
+    plain, short = run_ranks(plans_on_ranks, 2, path, options)[0]
+    assert 0.7 * plain < short
+
+
+def plans_on_ranks(path: str, options: dict[str, Any]) -> tuple[int, int]:
+    """How many weights are trained one by one, and how many of them also by the plan of shortened weights."""
+    plans = []
+    for changes in ({}, options):
+        config = load_config(path, {"method.structured": None, **changes})
+        plans.append(make_run_plan(config, build_task(config.data, config.model.num_classes))[0].sparse)
+    both = {
+        name: set(plans[0].get(name, torch.empty(0)).tolist()) & set(places.tolist())
+        for name, places in plans[1].items()
+    }
+    return sum(len(places) for places in plans[0].values()), sum(map(len, both.values()))

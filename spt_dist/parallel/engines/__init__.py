@@ -30,6 +30,8 @@ def check_engine(config: EngineConfig) -> None:
             raise UserError(f"config: engine.{key} is for engine.type={owner!r}, this one is {config.type!r}")
     if config.zero_stage not in ZERO_STAGES:
         raise UserError(f"config: engine.zero_stage={config.zero_stage}: choose one of 0, 1, 2, 3")
+    if config.compile is not None:
+        lookup("engine.compile", config.compile, dict.fromkeys(torch.compiler.list_backends(exclude_tags=())))
     if config.type != "deepspeed":
         return
     if config.offload and not config.zero_stage:

@@ -43,13 +43,15 @@ class Engine(ABC):
     Attributes:
         module: the model itself.
         optimizer: with ``param_groups``.
-        skips_overflow: whether a step with gradients that are not finite is left out (float16 scales its loss too high
-            now and then).
     """
 
     module: nn.Module
     optimizer: Any
-    skips_overflow: bool
+
+    @property
+    @abstractmethod
+    def skips_overflow(self) -> bool:
+        """Whether a step whose gradients are not finite is left out: float16 scales its loss too high now and then."""
 
     @abstractmethod
     def __call__(self, inputs: Tensor) -> Tensor:

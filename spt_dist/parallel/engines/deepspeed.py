@@ -30,13 +30,17 @@ class DeepSpeedEngine(Engine):
         start_deepspeed()
         num_trained = sum(prod(whole_shape(parameter)) for _, parameter in trainable_parameters(model))
         self.zero_stage, self.accumulation = config.zero_stage, settings.accumulation
-        self.skips_overflow = False
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_adamw(model, settings),
             config=deepspeed_config(config, num_trained, settings.clip_norm, settings.accumulation),
         )
         self.module = self.engine.module
+
+    @property
+    def skips_overflow(self) -> bool:
+        """Never: there is no float16."""
+        return False
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Forward pass through DeepSpeed's engine, which autocasts if told so."""

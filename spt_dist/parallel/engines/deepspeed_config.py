@@ -39,22 +39,22 @@ def read_settings(engine: EngineConfig) -> dict[str, Any]:
         where = given
         try:
             given = json.loads(Path(given).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"engine.deepspeed={where!r}: not a readable DeepSpeed JSON ({error})") from error
         if not isinstance(given, dict):
             raise UserError(f"{where}: a DeepSpeed config has to be an object, not {given!r}")
     settings: dict[str, Any] = _without_auto(given)
     for key, own in _OURS.items():
-        value = settings.get(key)
-        if value not in (None, {}, {"enabled": False}):
+        value = settings.pop(key, None)
+        if _says_something(key, value):
             raise UserError(f"{where}: {key}={value!r} is decided by {own} of the run's config; take it out")
-        settings.pop(key, None)
     zero = settings.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise UserError(f"{where}: zero_optimization={zero!r} has to be an object")
     stage = zero.get("stage", engine.zero_stage)
     if stage != engine.zero_stage:
-        raise UserError(f"{where}: zero_optimization.stage={stage}, but engine.zero_stage={engine.zero_stage}")
+        raise UserError(f"{where}: zero_optimization.stage={stage!r}, but engine.zero_stage={engine.zero_stage}")
+    _check_zero(zero, where)
     return settings
 
 
@@ -95,6 +95,28 @@ def deepspeed_config(
         "torch_autocast": {"enabled": engine.amp, "dtype": engine.amp_dtype},
         "steps_per_print": settings.get("steps_per_print", 1 << 60),
     }
+
+
+def _says_something(key: str, value: Any) -> bool:
+    """Whether a section that is ours to decide says more than that it is left to us."""
+    if not isinstance(value, dict):
+        return value is not None
+    if key == "optimizer" and value.get("type", "AdamW") != "AdamW":
+        return True
+    return bool(value.get("params") if key in ("optimizer", "scheduler") else value.get("enabled"))
+
+
+def _check_zero(zero: dict[str, Any], where: str) -> None:
+    """Refuse what DeepSpeed would refuse when it starts, behind the scoring pass."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise UserError(f"{where}: zero_optimization.{name}={first['input']!r}: {first['msg']}") from error
 
 
 def _without_auto(value: Any) -> Any:

@@ -25,8 +25,12 @@ class TorchEngine(Engine):
         self.autocast = config.amp
         self.dtype = getattr(torch, config.amp_dtype)
         self.optimizer = build_adamw(model, settings)
-        self.skips_overflow = config.amp and config.amp_dtype == "float16"
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.skips_overflow)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp and config.amp_dtype == "float16")
+
+    @property
+    def skips_overflow(self) -> bool:
+        """Not once the loss is not scaled up any more: what is not finite then is not the scaling's fault."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Forward pass of this rank."""
@@ -44,7 +48,7 @@ class TorchEngine(Engine):
         self.scaler.unscale_(self.optimizer)
         parameters = [parameter for _, parameter in trainable_parameters(self.module)]
         norm = float(whole_value(torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm or float("inf"))))
-        if self.skips_overflow or math.isfinite(norm):
+        if self.scaler.is_enabled() or math.isfinite(norm):
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
