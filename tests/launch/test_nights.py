@@ -4,13 +4,13 @@ import os
 import random
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.disks import mounted_disk
 from tests.launch.processes import RunningScript, ScriptResult, run_script
 from tests.launch.runs import (
     STEPS_PER_EPOCH,
@@ -164,15 +164,8 @@ def wait_until(condition: Callable[[], bool], timeout: float = 60.0) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 640 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with mounted_disk(tmp_path / "disk", "640k") as folder:
+        yield folder
 
 
 def test_a_full_disk_costs_no_run(config: Path, small_disk: Path) -> None:

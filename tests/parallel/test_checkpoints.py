@@ -1,6 +1,5 @@
 """Checkpoint files under faults."""
 
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from spt_dist.parallel.checkpoints import (
     mark_best,
     save_checkpoint,
 )
+from tests.disks import mounted_disk
 from tests.models_for_tests import make_vit
 from tests.ranks import run_ranks
 from tests.tuning.plans_for_tests import random_plan
@@ -129,15 +129,8 @@ def test_nothing_to_resume_from(tmp_path: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with mounted_disk(tmp_path / "disk", "256k") as folder:
+        yield folder
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(small_disk: Path) -> None:
