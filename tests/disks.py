@@ -10,7 +10,7 @@ import pytest
 
 @contextmanager
 def mounted_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A file system of its own in ``folder``, of a size that ``mount`` takes ("640k"); skips where that is forbidden."""
+    """A file system in ``folder``, of a size as ``mount`` takes it ("640k"); skips where it is forbidden."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if subprocess.run(command, capture_output=True, check=False).returncode:
