@@ -140,8 +140,9 @@ def partition(model: nn.Module, engine: EngineConfig, read: Callable[[str, Tenso
         for own_name, parameter in list(module.named_parameters(recurse=False)):
             if read is not None:
                 value = read(f"{name}.{own_name}".lstrip("."), parameter)
-                module.register_parameter(own_name, nn.Parameter(value, parameter.requires_grad))
-            carrier.register_parameter(own_name, module.get_parameter(own_name))
+                parameter = nn.Parameter(value, parameter.requires_grad)
+                module.register_parameter(own_name, parameter)
+            carrier.register_parameter(own_name, parameter)
         for own_name, buffer in list(module.named_buffers(recurse=False)):
             if read is not None:
                 module._buffers[own_name] = read(f"{name}.{own_name}".lstrip("."), buffer)
