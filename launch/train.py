@@ -66,7 +66,7 @@ def describe_speed(speed: SpeedSummary) -> dict[str, str]:
     if speed.samples_per_second is None or speed.data_wait is None:
         return {}
     return {
-        "speed": f"{speed.samples_per_second:.3g} samples/s, {speed.data_wait:.1%} waiting for data",
+        "speed": f"{speed.samples_per_second:,.1f} samples/s, {speed.data_wait:.1%} waiting for data",
         "peak memory": f"{max(speed.peak_memory_gib):.2f} GiB on a rank",
     }
 

@@ -189,7 +189,9 @@ def test_one_line_names_the_rank_and_where_it_was(outcomes: Mapping[str, Outcome
 def test_exit_status(outcomes: Mapping[str, Outcome], name: str) -> None:
     case, result = CASES[name], outcomes[name].result
     if case.launcher != "torchrun" or case.status == 0:
-        assert result.rc == case.status, result.stderr
+        # A rank that ends because another was killed may be the first that the launcher finds.
+        killed = case.status == 256 - 9
+        assert result.rc in ({case.status, LOST} if killed else {case.status}), result.stderr
         return
     assert result.rc == 1
     root_cause = re.search(r"Root Cause.*?exitcode +: (-?\d+) ", result.stderr, re.DOTALL)
