@@ -94,6 +94,11 @@ class Plan:
         return sum(len(indices) for indices in self.sparse.values())
 
     @property
+    def trains_backbone(self) -> bool:
+        """Whether the whole backbone is trained in place."""
+        return self.num_in_place == self.backbone_size
+
+    @property
     def num_in_place(self) -> int:
         """Trainable parameters among the model's own (``cls_token``), head not counted."""
         return sum(prod(self.shapes[name]) for name in self.parameters)

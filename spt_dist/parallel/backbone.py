@@ -68,7 +68,7 @@ def build_backbone(
     Raises:
         UserError: as ``build_classifier``; or the ranks can't be cut into groups of ``shard_size``.
     """
-    train_all = plan is not None and plan.num_in_place == plan.backbone_size
+    train_all = plan is not None and plan.trains_backbone
     in_place = () if plan is None or train_all else plan.parameters
     empty = create_model(config.name, config.num_classes, config.kwargs, torch.device("meta"))
     weights = None if config.checkpoint is None else WeightsFile(config.checkpoint)

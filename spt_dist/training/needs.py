@@ -74,7 +74,7 @@ class RunNeeds:
         self.passes = -(-own // self.samples)
         plan, self.trainables = _find_trainables(config, model, inventory)
         self._shorten(model, plan.parameters)
-        trains_all = plan.num_in_place == plan.backbone_size
+        trains_all = plan.trains_backbone
         in_place = [*plan.parameters, *plan.head]
         num_trained = self.trainables.count + self.trainables.head
         weights = weigh(model, in_place, () if trains_all else in_place, num_trained, trains_all)

@@ -188,7 +188,7 @@ def _inject(config: RunConfig, plan: Plan, backbone: Backbone | None) -> nn.Modu
     if backbone is None:
         # What was scored goes before it is loaded anew, and it is held by cycles.
         gc.collect()
-        if engine.frozen_dtype is not None and plan.num_in_place == plan.backbone_size:
+        if engine.frozen_dtype is not None and plan.trains_backbone:
             raise UserError(f"config: engine.frozen_dtype={engine.frozen_dtype!r}, but the plan leaves nothing frozen")
         form = training_form(engine)
         backbone = build_backbone(config.model, engine, form, config.seed, local_device(), plan)

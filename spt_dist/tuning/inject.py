@@ -98,7 +98,7 @@ def install(model: nn.Module, plan: Plan, modules: dict[str, nn.Module], backbon
     """Freeze ``model`` but for ``plan`` and the ``modules`` made for it, which take their places; returns ``model``."""
     from spt_dist.tuning.mlp import spare_activations
 
-    in_place = [] if plan.num_in_place == plan.backbone_size else plan.parameters
+    in_place = [] if plan.trains_backbone else plan.parameters
     originals = {name: whole_value(model.get_parameter(name)).clone() for name in in_place}
     model.requires_grad_(False)
     place_modules(model, modules)
