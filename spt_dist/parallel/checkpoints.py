@@ -266,8 +266,8 @@ def _delete_old(directory: Path, keep: int) -> None:
     for old in sorted(directory.glob("step-*.safetensors"))[:-keep]:
         if old.name not in kept:
             old.unlink()
-    # What a run left that was killed while it wrote.
-    for unfinished in directory.glob(".step-*"):
+    # What a run left that was killed while it wrote a checkpoint or a pointer to one.
+    for unfinished in directory.glob(".*"):
         unfinished.unlink()
 
 

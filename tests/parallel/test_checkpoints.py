@@ -80,7 +80,8 @@ def test_the_best_one_is_kept_too(tmp_path: Path) -> None:
 
 def test_what_a_killed_run_had_begun_to_write_goes(tmp_path: Path) -> None:
     save(tmp_path, 5)
-    (tmp_path / ".step-00000010.safetensors.abc").write_bytes(b"half")
+    for begun in (".step-00000010.safetensors.abc", ".latest.abc", ".best.abc"):
+        (tmp_path / begun).write_bytes(b"half")
     save(tmp_path, 15)
     assert names(tmp_path) == ["latest", "step-00000005.safetensors", "step-00000015.safetensors"]
 
