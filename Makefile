@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 UV ?= uv
-EXTRAS ?= test
+EXTRAS ?= test,segmentation
 DEEPSPEED_FLAGS ?=
 
 BIN := .venv/bin

@@ -1,8 +1,9 @@
 """spt_dist: distributed, sensitivity-aware, parameter-efficient fine-tuning of vision Transformers."""
 
-from spt_dist.compat import declare_torchvision_ops
+from spt_dist.compat import declare_mmcv_ops, declare_torchvision_ops
 
 declare_torchvision_ops()
+declare_mmcv_ops()
 
 from spt_dist.allocation.allocate import allocate  # noqa: E402
 from spt_dist.allocation.plan import Plan  # noqa: E402

@@ -2,7 +2,12 @@
 
 import importlib.util
 import logging
+import sys
+from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec
 from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
 
 import torch
 
@@ -10,6 +15,7 @@ _TORCHVISION_OPS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
+_EXTENSION = "mmcv._ext"
 # A Library un-registers its operators when it is collected, so it has to outlive the import of torchvision.
 _torchvision_library: torch.library.Library | None = None
 
@@ -31,6 +37,39 @@ def declare_torchvision_ops() -> None:
         _torchvision_library = torch.library.Library("torchvision", "FRAGMENT")
         for schema in _TORCHVISION_OPS:
             _torchvision_library.define(schema)
+
+
+class _MissingOperators(ModuleType):
+    """Stands for mmcv's extension: has every operator, and each raises when it is called."""
+
+    def __getattr__(self, name: str) -> Callable[..., NoReturn]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def operator(*_: object, **__: object) -> NoReturn:
+            raise NotImplementedError(
+                f"mmcv's operator {name} is compiled code, which mmcv-lite lacks; install mmcv itself in its place"
+            )
+
+        return operator
+
+
+def declare_mmcv_ops() -> None:
+    """Make ``import mmseg.models`` work beside mmcv-lite, which has no compiled operators.
+
+    Some of mmseg's heads import the operators whether they are used or not; SETR uses none. Imports nothing. No-op
+    where mmcv is missing, or compiled for this Python.
+    """
+    spec = importlib.util.find_spec("mmcv")
+    if spec is None or spec.submodule_search_locations is None or _EXTENSION in sys.modules:
+        return
+    folders = [Path(folder) for folder in spec.submodule_search_locations]
+    if any((folder / f"_ext{suffix}").is_file() for folder in folders for suffix in EXTENSION_SUFFIXES):
+        return
+    extension = _MissingOperators(_EXTENSION)
+    # mmcv asks pkgutil whether it has operators: a missing spec is an error there, one without a loader means no.
+    extension.__spec__ = ModuleSpec(_EXTENSION, None)
+    sys.modules[_EXTENSION] = extension
 
 
 def start_deepspeed() -> None:

@@ -1,4 +1,4 @@
-"""Building a timm image classifier from a config."""
+"""Building a config's model: a timm image classifier, or one of mmseg's segmentation models."""
 
 from typing import Any
 
@@ -11,6 +11,8 @@ from spt_dist.models.checkpoints import load_backbone
 from spt_dist.models.matrices import find_heads
 from spt_dist.models.sharded import fill
 
+SEGMENTOR = "mmseg.EncoderDecoder"
+
 
 def build_classifier(
     name: str,
@@ -19,12 +21,13 @@ def build_classifier(
     checkpoint: str | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """Build a timm model, load its backbone and give it a fresh head.
+    """Build a model, load its backbone and give it a fresh head.
 
     Args:
-        name: timm's model name.
+        name: timm's model name, or "mmseg.EncoderDecoder".
         num_classes: outputs of the head.
-        kwargs: further arguments of ``timm.create_model`` (``img_size``, ``patch_size``, ``embed_dim`` ...).
+        kwargs: further arguments of ``timm.create_model`` (``img_size``, ``patch_size``, ``embed_dim`` ...), or those
+            of mmseg's EncoderDecoder (``backbone``, ``decode_head``, ...).
         checkpoint: pre-trained backbone, see ``load_backbone``; ``None`` leaves the random initialisation.
         seed: for the random initialisation, the head's included; the same on every rank gives the same model.
 
@@ -32,11 +35,10 @@ def build_classifier(
         The model in training mode, fp32, on the CPU.
 
     Raises:
-        UserError: timm knows no such model or refuses an argument, or the checkpoint does not fit.
+        UserError: there is no such model, an argument is refused, or the checkpoint does not fit.
     """
     model = create_model(name, num_classes, kwargs, torch.device("cpu"), seed)
-    for parameter_name, value in head_values(model, seed).items():
-        fill(model.get_parameter(parameter_name), value)
+    fill_head(model, seed)
     if checkpoint is not None:
         load_backbone(model, checkpoint)
     return model
@@ -45,15 +47,18 @@ def build_classifier(
 def create_model(
     name: str, num_classes: int, kwargs: dict[str, Any] | None, device: torch.device, seed: int = 0
 ) -> nn.Module:
-    """The timm model with random weights; without any on torch's meta device.
+    """The model with random weights; without any on torch's meta device.
 
     Raises:
-        UserError: timm knows no such model or refuses an argument.
+        UserError: there is no such model, or an argument is refused; mmseg is wanted and not installed.
     """
+    if name == SEGMENTOR:
+        return _create_segmentor(num_classes, kwargs or {}, device, seed)
     if not timm.is_model(name):
         close = timm.list_models(f"*{name.split('_')[0]}*")[:3]
         raise UserError(
-            f"model.name={name!r}: timm has no such model; some it has: {', '.join(close) or 'see timm.list_models()'}"
+            f"model.name={name!r}: timm has no such model; some it has: {', '.join(close) or 'see timm.list_models()'} "
+            f"({SEGMENTOR!r} is for segmentation)"
         )
     with torch.random.fork_rng(devices=[]), device:
         torch.manual_seed(seed)
@@ -64,11 +69,38 @@ def create_model(
             raise UserError(f"model.kwargs={kwargs!r}: {error}") from error
 
 
-def head_values(model: nn.Module, seed: int) -> dict[str, Tensor]:
-    """A fresh head: name -> fp32 value on the CPU, matrices from N(0, 0.02), as timm draws ViT's, and biases of zero.
+def _create_segmentor(num_classes: int, settings: dict[str, Any], device: torch.device, seed: int) -> nn.Module:
+    try:
+        from spt_dist.models.segmentor import create_segmentor
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in ("mmseg", "mmcv", "ftfy"):
+            raise
+        raise UserError(
+            f"model.name={SEGMENTOR!r} needs {error.name.split('.')[0]}, which is not installed: "
+            "pip install 'spt_dist[segmentation]'"
+        ) from error
+    with torch.random.fork_rng(devices=[]), device:
+        torch.manual_seed(seed)
+        return create_segmentor(num_classes, settings)
 
+
+def fill_head(model: nn.Module, seed: int) -> None:
+    """Give the model a fresh head, in place."""
+    state = model.state_dict(keep_vars=True)
+    for name, value in head_values(model, seed).items():
+        fill(state[name], value)
+
+
+def head_values(model: nn.Module, seed: int) -> dict[str, Tensor]:
+    """A fresh head: name -> value on the CPU of its parameters and buffers.
+
+    A classifier's matrices come from N(0, 0.02), as timm draws ViT's, and biases are zero; a segmentor draws its own.
     They depend on the seed alone, so that a model that was never whole in one place gets the same head.
     """
+    draw_head = getattr(model, "draw_head", None)
+    if callable(draw_head):
+        drawn: dict[str, Tensor] = draw_head(seed)
+        return drawn
     generator = torch.Generator().manual_seed(seed)
     values = {}
     for head in find_heads(model):

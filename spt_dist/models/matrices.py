@@ -9,12 +9,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from spt_dist.errors import UserError
 from spt_dist.models.layers import is_linear
 from spt_dist.models.sharded import whole_shape
+
+# What mmseg's segmentation models have beside their backbone.
+SEGMENTATION_HEADS = ("neck", "decode_head", "auxiliary_head")
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,10 @@ def take_inventory(model: nn.Module) -> Inventory:
 
     Raises:
         UserError: the model applies weights functionally (``nn.MultiheadAttention``), which hooks cannot see;
-            shares one parameter between modules; has batch norm; or is tuned already.
+            shares one parameter between modules; has batch norm outside its head; or is tuned already.
     """
-    _refuse_unsupported(model)
     heads = find_heads(model)
+    _refuse_unsupported(model, heads)
     head: list[str] = []
     always_tuned: list[str] = []
     skipped: dict[str, str] = {}
@@ -108,14 +111,27 @@ def take_inventory(model: nn.Module) -> Inventory:
 def find_heads(model: nn.Module) -> tuple[str, ...]:
     """Names of the modules that classify; none for a model that has none.
 
-    timm models tell them through ``get_classifier()``; distilled ones have two.
+    timm models tell them through ``get_classifier()``; distilled ones have two. In a segmentation model of mmseg it is
+    all that is not the backbone.
     """
     get_classifier = getattr(model, "get_classifier", None)
     if not callable(get_classifier):
-        return ()
+        return tuple(name for name in SEGMENTATION_HEADS if hasattr(model, "backbone") and hasattr(model, name))
     found = get_classifier()
     heads = found if isinstance(found, tuple) else (found,)
     return tuple(name for name, module in model.named_modules() if any(module is head for head in heads))
+
+
+def head_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What a head learns beside its parameters: the running means of batch norm, name -> buffer."""
+    heads = find_heads(model)
+    return {
+        f"{module_name}.{name}": buffer
+        for module_name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and in_modules(module_name, heads)
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.is_floating_point()
+    }
 
 
 def in_modules(name: str, modules: Iterable[str]) -> bool:
@@ -159,7 +175,7 @@ def logical_name(*parts: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
-def _refuse_unsupported(model: nn.Module) -> None:
+def _refuse_unsupported(model: nn.Module, heads: tuple[str, ...]) -> None:
     if hasattr(model, "spt_plan"):
         raise UserError("this model has tuning modules already; merge it or build the backbone anew")
     owner: dict[int, str] = {}
@@ -167,12 +183,13 @@ def _refuse_unsupported(model: nn.Module) -> None:
         if isinstance(module, nn.MultiheadAttention):
             raise UserError(
                 f"{module_name}: nn.MultiheadAttention applies its weights functionally, so neither scores nor "
-                "tuning modules can reach them; use a backbone with Linear projections (timm's ViT)"
+                "tuning modules can reach them; use a backbone with Linear projections (timm's ViT; in mmseg "
+                "type='TimmVisionTransformer')"
             )
-        if isinstance(module, _BatchNorm) and module.track_running_stats:
+        if isinstance(module, _BatchNorm) and module.track_running_stats and not in_modules(module_name, heads):
             raise UserError(
                 f"{module_name}: {type(module).__name__} keeps running statistics, which change in training and which "
-                "task files don't hold; use a backbone without batch norm"
+                "task files hold of a head only; use a backbone without batch norm"
             )
         for parameter_name, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{parameter_name}".lstrip(".")

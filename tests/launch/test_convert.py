@@ -1,0 +1,97 @@
+"""Conversion of weights between timm's names and mmseg's, from the command line."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+# Must come before timm and mmseg: it makes them importable beside CPU builds.
+import spt_dist  # noqa: F401  # isort: skip
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from spt_dist.models.mmseg_names import to_mmseg
+from tests.launch.processes import Launch, ScriptResult, run_all
+from tests.models_for_tests import make_vit
+
+pytestmark = pytest.mark.slow
+
+
+def make_state() -> dict[str, Tensor]:
+    """A ViT without a head."""
+    return dict(make_vit(num_classes=0).state_dict())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ViT under timm's names, a segmentor under mmseg's, and a file of something else."""
+    folder = tmp_path_factory.mktemp("convert")
+    save_file(make_state(), folder / "vit.safetensors")
+    segmentor = {f"backbone.{name}": value for name, value in to_mmseg(make_state()).items()}
+    torch.save({"state_dict": segmentor | {"decode_head.weight": torch.ones(2)}, "meta": {}}, folder / "setr.pth")
+    save_file({"conv.weight": torch.ones(2)}, folder / "other.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> Mapping[str, ScriptResult]:
+    """One launch for each direction, and one file that can't be converted."""
+    launches = {
+        "to mmseg": ["vit.safetensors", "mmseg/vit.pth"],
+        "to timm": ["setr.pth", "setr.safetensors", "--to", "timm"],
+        "format alone": ["setr.pth", "same.safetensors", "--to", "mmseg"],
+        "other": ["other.safetensors", "other.pth"],
+    }
+    return run_all(
+        {
+            name: Launch(["convert.py", folder / source, folder / target, *options])
+            for name, (source, target, *options) in launches.items()
+        }
+    )
+
+
+@pytest.mark.segmentation
+def test_mmengine_loads_it_into_mmsegs_own_model(folder: Path, results: Mapping[str, ScriptResult]) -> None:
+    backbones = pytest.importorskip("mmseg.models.backbones")
+    from mmengine.runner import load_checkpoint
+
+    assert results["to mmseg"].check().stdout.splitlines()[1:] == ["names    mmseg (were timm)", "tensors  30"]
+    model = backbones.VisionTransformer(
+        img_size=16,
+        patch_size=8,
+        embed_dims=24,
+        num_layers=2,
+        num_heads=2,
+        patch_bias=True,
+        final_norm=True,
+        norm_cfg={"type": "LN", "eps": 1e-6},
+    )
+    load_checkpoint(model, str(folder / "mmseg" / "vit.pth"), map_location="cpu", strict=True)
+    images = torch.randn(2, 3, 16, 16)
+    wanted = make_vit(num_classes=0).forward_features(images)[:, 1:].transpose(1, 2).reshape(2, 24, 2, 2)
+    # mmseg's own returns nothing here.
+    model.eval()
+    assert torch.allclose(model(images)[0], wanted, atol=1e-5)
+
+
+def test_a_segmentor_under_timms_names(folder: Path, results: Mapping[str, ScriptResult]) -> None:
+    assert results["to timm"].check().stdout.splitlines()[1:] == ["names    timm (were mmseg)", "tensors  31"]
+    found = load_file(folder / "setr.safetensors")
+    wanted = {f"backbone.{name}": value for name, value in make_state().items()} | {"decode_head.weight": torch.ones(2)}
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_the_format_alone(folder: Path, results: Mapping[str, ScriptResult]) -> None:
+    results["format alone"].check()
+    found, wanted = load_file(folder / "same.safetensors"), torch.load(folder / "setr.pth")["state_dict"]
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_other_models_are_refused(folder: Path, results: Mapping[str, ScriptResult]) -> None:
+    assert results["other"].rc == 2
+    (line,) = results["other"].error_lines
+    assert "other.safetensors: no plain ViT under timm's or mmseg's names; first: ['conv.weight']" in line
+    assert not (folder / "other.pth").exists()
