@@ -31,7 +31,7 @@ def train(method: str, seed: int, work_dir: Path, options: list[str]) -> dict[st
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
     summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
-    print(f"{method} seed {seed}: {summary['top1']:.2%}", flush=True)
+    print(f"{method} seed {seed}: {summary['scores']['top1']:.2%}", flush=True)
     return summary
 
 
@@ -58,7 +58,7 @@ def main() -> None:
         results = {method: [run.result() for run in runs] for method, runs in pending.items()}
     rows = []
     for method, summaries in results.items():
-        tops = [100 * summary["top1"] for summary in summaries]
+        tops = [100 * summary["scores"]["top1"] for summary in summaries]
         spread = f"{statistics.stdev(tops):.2f}" if len(tops) > 1 else "-"
         trained = sorted({summary["num_trainable"] for summary in summaries})
         counts = f"{trained[0]:,}" if len(trained) == 1 else f"{trained[0]:,} to {trained[-1]:,}"

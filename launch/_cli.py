@@ -69,6 +69,15 @@ def add_config_options(parser: argparse.ArgumentParser, positional: bool = True)
     parser.add_argument("--local_rank", "--local-rank", dest="local_rank", type=int, help=argparse.SUPPRESS)
 
 
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """What a script that reads samples may be told about them."""
+    parser.add_argument(
+        "--skip-bad-samples",
+        action="store_true",
+        help="leave out samples that can't be read (data.skip_bad_samples), with a count, instead of ending there",
+    )
+
+
 def read_config(arguments: argparse.Namespace) -> RunConfig:
     """The config with everything that the command line changes."""
     config = load_config(arguments.config, arguments.cfg_options)
@@ -77,6 +86,7 @@ def read_config(arguments: argparse.Namespace) -> RunConfig:
         getattr(arguments, "work_dir", None),
         getattr(arguments, "engine", None),
         getattr(arguments, "amp", False),
+        getattr(arguments, "skip_bad_samples", False),
     )
 
 

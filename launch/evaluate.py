@@ -1,11 +1,15 @@
-"""Accuracy of a task file or a merged checkpoint on the held-out samples of its task."""
+"""How good a task file or a merged checkpoint is on the held-out samples of its task."""
+
+import argparse
+from pathlib import Path
 
 import torch.distributed as dist
 
-from _cli import add_config_options, describe, make_parser, read_config, run
-from spt_dist import load_delta
+from _cli import add_config_options, add_data_options, describe, make_parser, read_config, run
+from spt_dist import UserError, load_delta
+from spt_dist.data.task import SEGMENTATION, Task
 from spt_dist.data.tasks import build_task
-from spt_dist.evaluation.classification import evaluate_top1
+from spt_dist.evaluation.scores import METRIC_LABELS, evaluate
 from spt_dist.models.checkpoints import load_merged
 from spt_dist.parallel.launch import local_device, process_group
 from spt_dist.training.scoring import build_model
@@ -18,13 +22,22 @@ EXAMPLE = (
 def main() -> None:
     parser = make_parser(__doc__, EXAMPLE)
     add_config_options(parser)
+    add_data_options(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--task", metavar="FILE", help="task file written by launch/train.py")
     source.add_argument("--merged", metavar="FILE", help="checkpoint written by launch/merge.py")
+    parser.add_argument(
+        "--multi-scale", action="store_true", help="segmentation: also in six sizes, each mirrored too (mIoU m.s.)"
+    )
+    parser.add_argument(
+        "--visualize", type=int, metavar="N", help="segmentation: pictures of N images, with labels and predictions"
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="for the pictures (default: panels beside FILE)")
     arguments = parser.parse_args()
     config = read_config(arguments)
     with process_group(config.engine.timeout):
         task = build_task(config.data, config.model.num_classes)
+        check_options(arguments, task)
         model = build_model(config)
         if arguments.task:
             load_delta(model, arguments.task)
@@ -32,9 +45,27 @@ def main() -> None:
             load_merged(model, arguments.merged)
         device = local_device()
         model.to(device)
-        top1 = evaluate_top1(model, model, task, 4 * config.train.batch_size, device)
+        found: dict[str, str | int | Path] = {"held-out samples": task.num_val}
+        for suffix, multi_scale in {"": False, " m.s.": True}.items() if arguments.multi_scale else [("", False)]:
+            scores = evaluate(model, model, task, 4 * config.train.batch_size, device, multi_scale)
+            found |= {METRIC_LABELS[name] + suffix: f"{score:.2%}" for name, score in scores.items()}
+        if arguments.visualize:
+            from spt_dist.evaluation.panels import write_panels
+
+            folder = Path(arguments.out or Path(arguments.task or arguments.merged).parent / "panels")
+            pictures = write_panels(model, model, task, device, folder, arguments.visualize)
+            found |= {"pictures": f"{len(pictures)} in {folder}"}
         if dist.get_rank() == 0:
-            describe({"held-out samples": task.num_val, "top-1": f"{top1:.2%}"})
+            describe(found)
+
+
+def check_options(arguments: argparse.Namespace, task: Task) -> None:
+    """Refuse options that are for another kind of task."""
+    for option in ("multi_scale", "visualize"):
+        if getattr(arguments, option) and task.kind != SEGMENTATION:
+            raise UserError(f"--{option.replace('_', '-')}: is for segmentation; this config's task is {task.kind}")
+    if arguments.visualize is not None and arguments.visualize < 1:
+        raise UserError(f"--visualize {arguments.visualize}: has to be 1 or more")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from _cli import add_config_options, describe, make_parser, read_config, run
+from _cli import add_config_options, add_data_options, describe, make_parser, read_config, run
 from spt_dist.data.tasks import build_task
 from spt_dist.models.matrices import take_inventory
 from spt_dist.parallel.launch import process_group
@@ -27,6 +27,7 @@ torchrun --nproc_per_node 2 launch/sensitivity.py configs/quickstart/digits_spt_
 def main() -> None:
     parser = make_parser(__doc__, EXAMPLE)
     add_config_options(parser)
+    add_data_options(parser)
     parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="folder for the scores and the report")
     parser.add_argument(
         "--tau",

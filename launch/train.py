@@ -2,9 +2,10 @@
 
 import torch.distributed as dist
 
-from _cli import add_config_options, describe, make_parser, read_config, run
+from _cli import add_config_options, add_data_options, describe, make_parser, read_config, run
 from spt_dist import UserError
 from spt_dist.config import RunConfig
+from spt_dist.evaluation.scores import METRIC_LABELS
 from spt_dist.parallel.launch import process_group, read_environment
 from spt_dist.training.monitor import SpeedSummary
 from spt_dist.training.pipeline import plan_dry, run_training
@@ -15,6 +16,7 @@ EXAMPLE = "deepspeed --num_accelerators 2 launch/train.py configs/quickstart/dig
 def main() -> None:
     parser = make_parser(__doc__, EXAMPLE)
     add_config_options(parser)
+    add_data_options(parser)
     parser.add_argument("--work-dir", help="where everything is written (default: work_dirs/NAME_OF_CONFIG)")
     parser.add_argument(
         "--resume", nargs="?", const="auto", metavar="auto|PATH", help="go on from the latest or the given checkpoint"
@@ -43,7 +45,7 @@ def main() -> None:
                 {
                     "method": result.method,
                     "trainable parameters": f"{result.num_trainable:,} (and {result.num_head:,} of the head)",
-                    "top-1 on held-out samples": f"{result.top1:.2%}",
+                    f"{METRIC_LABELS[result.metric]} on held-out samples": f"{result.scores[result.metric]:.2%}",
                     "scoring, training": f"{result.seconds_scoring:.1f} s, {result.seconds_training:.1f} s",
                     **describe_speed(result.speed),
                     "task file": result.task_file,

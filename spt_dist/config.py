@@ -19,7 +19,7 @@ from spt_dist.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The backbone. See ``models.classifier.build_classifier``."""
+    """The model. See ``models.classifier.build_classifier``."""
 
     name: str
     num_classes: int
@@ -78,12 +78,20 @@ class TrainConfig:
 
     Attributes:
         epochs: passes over the training samples.
+        iterations: training steps, in place of ``epochs``. The intervals below and ``warmup_epochs`` are in steps
+            then, and each batch is full: what is left of an epoch is not used.
         batch_size: samples in one step over all ranks together.
-        lr: peak learning rate of AdamW.
-        min_lr: learning rate at the end of the cosine.
+        optimizer: "adamw" or "sgd".
+        momentum: of SGD.
+        lr: peak learning rate.
+        head_lr_mult: factor of ``lr`` and ``warmup_lr`` for the head.
+        schedule: how the rate falls: "cosine" or "poly".
+        poly_power: of "poly".
+        min_lr: learning rate at the end, of backbone and head alike.
         warmup_epochs: linear warm-up from ``warmup_lr``.
         warmup_lr: learning rate of the first step.
-        weight_decay: on matrices and prompts; vectors, single weights and ``cls_token`` are never decayed.
+        weight_decay: on matrices and prompts, and on kernels of a head; vectors, single weights and ``cls_token`` are
+            never decayed.
         clip_norm: largest norm of the gradient; ``None`` for no clipping.
         accumulation: passes in which a rank goes through its part of a step, to save memory.
         ema: decay of a moving average of what is trained, to be evaluated and saved instead; ``None`` for none.
@@ -94,9 +102,15 @@ class TrainConfig:
         save_best: also keep the checkpoint that was best at its evaluation.
     """
 
-    epochs: int
+    epochs: int | None = None
+    iterations: int | None = None
     batch_size: int = 64
+    optimizer: str = "adamw"
+    momentum: float = 0.9
     lr: float = 1e-3
+    head_lr_mult: float = 1.0
+    schedule: str = "cosine"
+    poly_power: float = 0.9
     min_lr: float = 1e-5
     warmup_epochs: float = 0
     warmup_lr: float = 1e-6
@@ -109,6 +123,10 @@ class TrainConfig:
     checkpoint_steps: int | None = None
     keep_checkpoints: int = 2
     save_best: bool = False
+
+
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("cosine", "poly")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +321,7 @@ def _check_ranges(config: RunConfig) -> None:
     at_least_one = {
         "model.num_classes": config.model.num_classes,
         "train.epochs": train.epochs,
+        "train.iterations": train.iterations,
         "train.batch_size": train.batch_size,
         "train.eval_interval": train.eval_interval,
         "train.checkpoint_interval": train.checkpoint_interval,
@@ -322,6 +341,7 @@ def _check_ranges(config: RunConfig) -> None:
         "train.warmup_lr": train.warmup_lr,
         "train.warmup_epochs": train.warmup_epochs,
         "train.weight_decay": train.weight_decay,
+        "train.momentum": train.momentum,
         "log.profile_steps": config.log.profile_steps,
     }
     for name, number in not_negative.items():
@@ -329,6 +349,8 @@ def _check_ranges(config: RunConfig) -> None:
             raise UserError(f"config: {name}={number} has to be 0 or more")
     above_zero = {
         "train.lr": train.lr,
+        "train.head_lr_mult": train.head_lr_mult,
+        "train.poly_power": train.poly_power,
         "train.clip_norm": train.clip_norm,
         "sensitivity.memory_limit_gib": sensitivity.memory_limit_gib,
         "engine.timeout": engine.timeout,
@@ -336,8 +358,9 @@ def _check_ranges(config: RunConfig) -> None:
     for name, positive in above_zero.items():
         if positive is not None and not 0 < positive < math.inf:
             raise UserError(f"config: {name}={positive} has to be above 0")
-    if train.warmup_epochs > train.epochs:
-        raise UserError(f"config: train.warmup_epochs={train.warmup_epochs} is more than train.epochs={train.epochs}")
+    _check_length(train)
+    lookup("train.optimizer", train.optimizer, dict.fromkeys(OPTIMIZERS))
+    lookup("train.schedule", train.schedule, dict.fromkeys(SCHEDULES))
     lookup("sensitivity.sample_order", sensitivity.sample_order, dict.fromkeys(SAMPLE_ORDERS))
     if sensitivity.dtype is not None:
         lookup("sensitivity.dtype", sensitivity.dtype, dict.fromkeys(AUTOCAST_DTYPES))
@@ -353,6 +376,17 @@ def _check_ranges(config: RunConfig) -> None:
     for name in ("data", "method"):
         if "type" not in getattr(config, name):
             raise UserError(f"config: {name}.type is missing")
+
+
+def _check_length(train: TrainConfig) -> None:
+    if (train.epochs is None) == (train.iterations is None):
+        raise UserError(
+            f"config: train.epochs={train.epochs} and train.iterations={train.iterations}: give one of the two"
+        )
+    length = train.iterations if train.epochs is None else train.epochs
+    if length is not None and train.warmup_epochs > length:
+        unit = "iterations" if train.epochs is None else "epochs"
+        raise UserError(f"config: train.warmup_epochs={train.warmup_epochs} is more than train.{unit}={length}")
 
 
 def _unknown(where: str, key: str, known: Iterable[str]) -> UserError:

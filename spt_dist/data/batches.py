@@ -15,7 +15,7 @@ class Batch:
 
     Attributes:
         inputs: ``(B, ...)``.
-        targets: ``(B,)``.
+        targets: ``(B,)``, or ``(B, H, W)`` for segmentation.
         weights: fp32 ``(B,)``: 1 for a sample, 0 for one that only fills up the rank's part.
         num_global: samples of the global batch, over all ranks.
         samples: ids of the samples in the data set.
@@ -49,6 +49,7 @@ class GlobalBatches:
         batch_size: samples in a global batch; the last of an epoch may be smaller.
         rank, world_size: which part is dealt.
         seed: of the shuffling, which differs from epoch to epoch; ``None`` for file order.
+        only_full: leave out what is left of an epoch over its full batches.
     """
 
     num_samples: int
@@ -56,10 +57,13 @@ class GlobalBatches:
     rank: int = 0
     world_size: int = 1
     seed: int | None = None
+    only_full: bool = False
 
     @property
     def steps_per_epoch(self) -> int:
         """Number of global batches in an epoch."""
+        if self.only_full:
+            return self.num_samples // self.batch_size
         return -(-self.num_samples // self.batch_size)
 
     def deal(self, epoch: int = 0, first_step: int = 0) -> Iterator[tuple[list[int], list[float], int]]:
@@ -94,7 +98,10 @@ def deal_samples(
 
 
 def load_batches(
-    dataset: Dataset[Any], batches: Iterable[tuple[list[int], list[float], int]], device: torch.device
+    dataset: Dataset[Any],
+    batches: Iterable[tuple[list[int], list[float], int]],
+    device: torch.device,
+    num_workers: int = 0,
 ) -> Iterator[Batch]:
     """Read the samples of each batch.
 
@@ -102,8 +109,12 @@ def load_batches(
         dataset: an item is ``(input, target)``.
         batches: from ``GlobalBatches.deal`` or ``deal_samples``.
         device: where the tensors go.
+        num_workers: processes that read them; 0 for this one.
     """
     dealt = list(batches)
-    loader = DataLoader(dataset, batch_sampler=[indices for indices, _, _ in dealt])
+    indices = [indices for indices, _, _ in dealt]
+    loader = DataLoader(
+        dataset, batch_sampler=indices, num_workers=num_workers, pin_memory=device.type == "cuda" and num_workers > 0
+    )
     for (inputs, targets), (samples, weights, num_global) in zip(loader, dealt, strict=True):
         yield Batch(inputs.to(device), targets.to(device), torch.tensor(weights, device=device), num_global, samples)

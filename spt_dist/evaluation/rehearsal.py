@@ -6,14 +6,15 @@ Shape suffixes: B samples, C channels, H height, W width.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
 
 from spt_dist.allocation.plan import Plan
 from spt_dist.evaluation.ledger import Ledger
+from spt_dist.models.losses import sample_losses, targets_shape
 from spt_dist.models.matrices import take_inventory
 from spt_dist.sensitivity.modes import scoring_mode
 from spt_dist.sensitivity.scoring import PassOptions, ScoringPass
@@ -74,7 +75,7 @@ class Rehearsal:
         keeps_gradients: bool = True,
         accumulates: bool = False,
     ) -> PassMemory:
-        """A pass of training with the cross entropy.
+        """A pass of training with the model's own loss.
 
         Args:
             shape_CHW: of an image.
@@ -87,7 +88,7 @@ class Rehearsal:
             RuntimeError, AssertionError: the model does not take such images.
         """
         trained = [parameter for _, parameter in trainable_parameters(self.model)]
-        with self._ledger(shape_CHW, num_samples) as (ledger, images_BCHW, targets_B):
+        with self._ledger(shape_CHW, num_samples) as (ledger, images_BCHW, targets):
 
             def on_gradient(parameter: Tensor) -> None:
                 assert isinstance(parameter, nn.Parameter)
@@ -100,7 +101,7 @@ class Rehearsal:
             for _ in range(2 if accumulates else 1):
                 with torch.autocast("cpu", autocast) if autocast is not None else nullcontext():
                     outputs = self.model(images_BCHW)
-                loss = F.cross_entropy(outputs.float(), targets_B)
+                loss = sample_losses(self.model)(outputs, targets).mean()
                 del outputs
                 kept = ledger.live - ledger.gradients
                 loss.backward()
@@ -136,11 +137,11 @@ class Rehearsal:
         """
         kept = 0
 
-        def loss_fn(outputs: Tensor, targets_B: Tensor) -> Tensor:
+        def loss_fn(outputs: Any, targets: Tensor) -> Tensor:
             nonlocal kept
             kept = ledger.live
             # One value a sample: what to do with a single one would depend on it.
-            return F.cross_entropy(outputs, targets_B, reduction="none")
+            return sample_losses(self.model)(outputs, targets)
 
         options = PassOptions(per_sample, autocast, lockstep=False, shard_sums=False)
         passes: list[PassMemory] = []
@@ -149,8 +150,8 @@ class Rehearsal:
             with scoring.attached():
                 # As in the real run the first sample goes alone, and tells how many rows one has in a layer.
                 for size in range(1, 1 + min(num_samples, 3)):
-                    with self._ledger(shape_CHW, size) as (ledger, images_BCHW, targets_B):
-                        scoring.observe(images_BCHW, targets_B, lambda name, scores: None)
+                    with self._ledger(shape_CHW, size) as (ledger, images_BCHW, targets):
+                        scoring.observe(images_BCHW, targets, lambda name, scores: None)
                         passes.append(PassMemory(size, kept, ledger.peak, 0))
         if memory_limit is not None:
             num_samples = max(1, min(num_samples, memory_limit // passes[0].kept))
@@ -161,10 +162,10 @@ class Rehearsal:
         """A ledger that knows weights and inputs, and the inputs."""
         with self._mode:
             images_BCHW = torch.empty(num_samples, *shape_CHW)
-            targets_B = torch.empty(num_samples, dtype=torch.int64)
-            known = [*self.model.parameters(), *self.model.buffers(), images_BCHW, targets_B]
+            targets = torch.empty(targets_shape(self.model, (num_samples, *shape_CHW)), dtype=torch.int64)
+            known = [*self.model.parameters(), *self.model.buffers(), images_BCHW, targets]
             with Ledger(known) as ledger:
-                yield ledger, images_BCHW, targets_B
+                yield ledger, images_BCHW, targets
 
 
 def _replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:

@@ -19,11 +19,10 @@ from spt_dist.compat import start_deepspeed
 from spt_dist.config import EngineConfig, ModelConfig
 from spt_dist.errors import UserError
 from spt_dist.models.checkpoints import WeightsFile, backbone_state, load_backbone
-from spt_dist.models.classifier import build_classifier, create_model, head_values
+from spt_dist.models.classifier import build_classifier, create_model, fill_head, head_values
 from spt_dist.models.fingerprint import fingerprint, hash_tensors
 from spt_dist.models.matrices import take_inventory
 from spt_dist.models.precision import shorten_frozen
-from spt_dist.models.sharded import fill
 from spt_dist.parallel.engines.deepspeed_config import deepspeed_config
 from spt_dist.parallel.units import find_units
 from spt_dist.tuning.inject import is_tuned, trainable_parameters
@@ -89,8 +88,7 @@ def build_backbone(
         shard(empty, engine.shard_size, device, train_all, in_place)
         empty.to_empty(device=device)
         load_backbone(empty, str(config.checkpoint))
-        for name, value in head_values(empty, seed).items():
-            fill(empty.get_parameter(name), value)
+        fill_head(empty, seed)
     else:
         partition(empty, engine, _reader(weights, empty, seed, device))
     reinit_non_persistent_buffers(empty)

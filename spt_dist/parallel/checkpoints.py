@@ -20,7 +20,7 @@ from spt_dist.errors import UserError
 from spt_dist.files import TensorFile, save_tensors, write_text
 
 # Version 1 had another name for structured modules; 2 did not say which run it was of.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _STATE_PREFIX = "engine/"
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
 logger = logging.getLogger(__name__)
@@ -55,12 +55,12 @@ class Progress:
 
     Attributes:
         num_steps: optimizer steps done.
-        best_top1: highest accuracy of an evaluation, if there was one.
+        best_score: highest value of the main metric (top-1, mIoU) in an evaluation, if there was one.
         best_step: the steps before that evaluation.
     """
 
     num_steps: int = 0
-    best_top1: float | None = None
+    best_score: float | None = None
     best_step: int | None = None
 
 

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from spt_dist.evaluation.scores import METRIC_LABELS
 from spt_dist.report.canvas import label_columns, label_grid, new_figure, save_figure
 from spt_dist.report.grid import to_grid
 from spt_dist.report.patterns import Patterns
@@ -124,13 +125,16 @@ def draw_losses(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: str | P
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)
+    metrics: dict[str, None] = {}
     for label, lines in curves.items():
         steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-        tops = [(line["step"], 100 * line["top1"]) for line in lines if "top1" in line]
+        name = next((name for line in lines for name in METRIC_LABELS if name in line), "top1")
+        metrics.setdefault(METRIC_LABELS[name])
+        tops = [(line["step"], 100 * line[name]) for line in lines if name in line]
         losses.plot(*zip(*steps, strict=True), label=label, linewidth=1)
         accuracies.plot(*zip(*tops, strict=True), label=label, marker="o")
     losses.set(xlabel="step", ylabel="training loss", yscale="log")
-    accuracies.set(xlabel="step", ylabel="top-1 on held-out samples, %")
+    accuracies.set(xlabel="step", ylabel=f"{' or '.join(metrics)} on held-out samples, %")
     accuracies.legend()
     return save_figure(figure, path)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from spt_dist.allocation.plan import Plan
 from spt_dist.errors import UserError
+from spt_dist.evaluation.scores import METRIC_LABELS
 from spt_dist.files import write_text
 from spt_dist.report.figures import draw_losses
 from spt_dist.report.patterns import TAUS, Patterns
@@ -20,6 +21,8 @@ from spt_dist.training.metrics import read_metrics
 METHOD_LABELS = {
     "linear": "linear probe",
     "lora": "LoRA",
+    "adapter": "adapter",
+    "vpt": "VPT",
     "spt-lora": "SPT-LoRA",
     "spt-adapter": "SPT-Adapter",
     "spt-prompt": "SPT with prompts",
@@ -78,13 +81,14 @@ def _tabulate(runs: Mapping[Path, dict[str, Any]]) -> str:
             f"{summary['num_trainable']:,}",
             f"{summary['num_trainable'] / summary['backbone_size']:.2%}",
             f"{summary['num_head']:,}",
-            f"{100 * summary['top1']:.2f}",
+            f"{100 * summary['scores'][summary['metric']]:.2f}",
             f"{summary['seconds_scoring']:.0f} + {summary['seconds_training']:.0f}",
         ]
         for work_dir, summary in runs.items()
     ]
-    columns = ["method", "trainable", "of backbone", "head", "top-1 %", "seconds (stage 1 + 2)"]
-    return format_table("held-out accuracy; trainable parameters without the head", columns, rows)
+    metrics = dict.fromkeys(METRIC_LABELS.get(summary["metric"], summary["metric"]) for summary in runs.values())
+    columns = ["method", "trainable", "of backbone", "head", f"{' or '.join(metrics)} %", "seconds (stage 1 + 2)"]
+    return format_table("held-out samples; trainable parameters without the head", columns, rows)
 
 
 def _report_run(work_dir: Path, out: Path, taus: Sequence[int | float]) -> dict[str, Path]:

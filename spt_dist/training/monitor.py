@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spt_dist.config import RunConfig
+from spt_dist.evaluation.scores import METRIC_LABELS
 from spt_dist.training.curves import Curves
 from spt_dist.training.metrics import MetricsFile
 
@@ -84,7 +85,7 @@ class Monitor:
         Raises:
             UserError: a backend of the curves can't be started.
         """
-        self._interval_steps, self._epochs = config.log.interval, config.train.epochs
+        self._interval_steps, self._train = config.log.interval, config.train
         self._device, self._clock = device, clock
         self._curves = self._speed = None
         if dist.get_rank() == 0:
@@ -167,12 +168,15 @@ class Monitor:
             self._curves.add(self._last.number, {f"memory/rank_{rank}_gib": gib for rank, gib in enumerate(memory)})
         parts = [
             f"loss {float(self._last.loss):.4f}",
-            *(f"{name.replace('top1', 'top-1')} {100 * score:.2f} %" for name, score in self._scores.items()),
+            *(f"{METRIC_LABELS.get(name, name)} {100 * score:.2f} %" for name, score in self._scores.items()),
             f"{_short(self._epoch.samples / self._epoch.seconds)} samples/s",
             f"{100 * max(wait_R):.1f} % waiting for data{_which(wait_R)}",
             f"peak memory {max(memory):.2f} GiB{_which(memory)}",
         ]
-        logger.info("epoch %d of %d: %s", epoch + 1, self._epochs, ", ".join(parts))
+        of = f"step {self._last.number} of {self._train.iterations}"
+        if self._train.epochs is not None:
+            of = f"epoch {epoch + 1} of {self._train.epochs}"
+        logger.info("%s: %s", of, ", ".join(parts))
         self._epoch, self._scores = _Span(), {}
 
     def summary(self) -> SpeedSummary:

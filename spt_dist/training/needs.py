@@ -201,10 +201,13 @@ def _image_shape(config: RunConfig, model: nn.Module) -> Shape:
     arguments = {key: value for key, value in config.data.items() if key != "type"}
     build = lookup("data.type", config.data["type"], TASKS)
     check_arguments(build, arguments, "data")
+    parameters = inspect.signature(build).parameters
+    if "crop_size" in parameters:
+        height, width = arguments.get("crop_size", parameters["crop_size"].default)
+        return 3, height, width
     channels, *size = model.default_cfg["input_size"]  # type: ignore[index]  # timm's models have it
-    parameter = inspect.signature(build).parameters.get("image_size")
-    if parameter is not None:
-        size = [arguments.get("image_size", parameter.default)] * 2
+    if "image_size" in parameters:
+        size = [arguments.get("image_size", parameters["image_size"].default)] * 2
     return channels, size[0], size[1]
 
 
@@ -215,8 +218,8 @@ def _image_errors(shape: Shape) -> Iterator[None]:
     # timm checks the size by assertion, torch's layers the channels with errors of their own.
     except (AssertionError, RuntimeError) as error:
         raise UserError(
-            f"config: the model does not take the data's images of shape {shape} ({error}); make data.image_size and "
-            "model.kwargs.img_size agree"
+            f"config: the model does not take the data's images of shape {shape} ({error}); make the sizes that data "
+            "and model.kwargs have for images agree"
         ) from error
 
 

@@ -14,12 +14,14 @@ from torch import nn
 
 from spt_dist.allocation.allocate import allocate
 from spt_dist.allocation.plan import Plan
-from spt_dist.config import RunConfig, check_arguments, lookup
+from spt_dist.config import RunConfig, TrainConfig, check_arguments, lookup
 from spt_dist.data.task import Task
 from spt_dist.data.tasks import build_task
 from spt_dist.errors import UserError
+from spt_dist.evaluation.scores import main_metric
 from spt_dist.files import save_tensors, write_text
 from spt_dist.models.classifier import create_model
+from spt_dist.models.matrices import head_buffers
 from spt_dist.models.sharded import whole_shape
 from spt_dist.parallel.backbone import ZERO3, Backbone, build_backbone, training_form
 from spt_dist.parallel.checkpoints import Checkpoint, find_checkpoint
@@ -45,11 +47,12 @@ class RunResult:
     """What a run leaves behind; ``summary.json`` in the work dir holds the same.
 
     Attributes:
-        method: "spt-lora", "spt", "lora", "linear" or "full".
+        method: "spt-lora", "spt", "lora", "adapter", "vpt", "linear" or "full".
         num_trainable: trained parameters, head not counted.
         backbone_size: weights of the backbone, head not counted.
         num_head: parameters of the head.
-        top1: accuracy on the held-out samples, 0 to 1.
+        metric: the main metric of the task: "top1" or "mIoU".
+        scores: every metric on the held-out samples, 0 to 1.
         seconds_scoring, seconds_training: wall-clock time of the two stages.
         task_file: path of the task file.
         config: the config file.
@@ -60,7 +63,8 @@ class RunResult:
     num_trainable: int
     backbone_size: int
     num_head: int
-    top1: float
+    metric: str
+    scores: dict[str, float]
     seconds_scoring: float
     seconds_training: float
     task_file: str
@@ -134,14 +138,15 @@ def run_training(
 
     started = time.perf_counter()
     with rank_log(work_dir, dist.get_rank()) if config.log.rank_files else nullcontext():
-        trainer, top1 = _train(config, tuned, task, checkpoint, report, stop)
+        trainer, found = _train(config, tuned, task, checkpoint, report, stop)
     values = trainer.trained_values()
     result = RunResult(
         method=plan.method,
         num_trainable=plan.num_trainable,
         backbone_size=plan.backbone_size,
         num_head=sum(prod(whole_shape(tuned.get_parameter(name))) for name in plan.head),
-        top1=top1,
+        metric=main_metric(found),
+        scores=found,
         seconds_scoring=seconds_scoring,
         seconds_training=time.perf_counter() - started,
         task_file=str(work_dir / "task.safetensors"),
@@ -165,11 +170,12 @@ def check_setup(work_dir: Path, task: Task, config: RunConfig) -> None:
     """Refuse what would fail in the middle of a run.
 
     Raises:
-        UserError: the work dir is a file, or the model does not take the task's images.
+        UserError: the work dir is a file; the model does not take the task's images; or batches can't be dealt out
+            as the schedule or batch norm need them.
     """
     if work_dir.exists() and not work_dir.is_dir():
         raise UserError(f"{work_dir}: is a file, but results need a folder; give another (--work-dir, --out)")
-    image_CHW, _ = task.train[0]
+    image_CHW, _ = task.train_at(0)[0]
     model = create_model(config.model.name, config.model.num_classes, config.model.kwargs, torch.device("meta"))
     try:
         with torch.no_grad():
@@ -178,8 +184,23 @@ def check_setup(work_dir: Path, task: Task, config: RunConfig) -> None:
     except (AssertionError, RuntimeError) as error:
         raise UserError(
             f"config: the model does not take the data's images of shape {tuple(image_CHW.shape)} ({error}); "
-            "make data.image_size and model.kwargs.img_size agree"
+            "make the sizes that data and model.kwargs have for images agree"
         ) from error
+    _check_batches(task.num_train, config.train, bool(head_buffers(model)))
+
+
+def _check_batches(num_train: int, train: TrainConfig, has_batch_norm: bool) -> None:
+    if train.iterations is not None and train.batch_size > num_train:
+        raise UserError(
+            f"config: train.batch_size={train.batch_size}, but the task has {num_train} training samples, and with "
+            "train.iterations each batch is full; lower it"
+        )
+    parts = dist.get_world_size() * train.accumulation
+    if has_batch_norm and (train.iterations is None or train.batch_size % parts):
+        raise UserError(
+            f"config: the head has batch norm, so that batches have to divide evenly: give train.iterations (not "
+            f"epochs) and make train.batch_size={train.batch_size} a multiple of {parts} (ranks x train.accumulation)"
+        )
 
 
 def _inject(config: RunConfig, plan: Plan, backbone: Backbone | None) -> nn.Module:
@@ -204,10 +225,18 @@ def _train(
     checkpoint: Checkpoint | None,
     report: Report,
     stop: StopSignals | None,
-) -> tuple[Trainer, float]:
-    """Stage 2: the trainer behind its last step, and the final accuracy. Collective."""
+) -> tuple[Trainer, dict[str, float]]:
+    """Stage 2: the trainer behind its last step, and the final evaluation. Collective."""
     train = config.train
-    settings = OptimizerSettings(train.lr, train.weight_decay, train.clip_norm, train.accumulation)
+    settings = OptimizerSettings(
+        lr=train.lr,
+        weight_decay=train.weight_decay,
+        clip_norm=train.clip_norm,
+        accumulation=train.accumulation,
+        optimizer=train.optimizer,
+        momentum=train.momentum,
+        separate_head=train.head_lr_mult != 1,
+    )
     engine = build_engine(config.engine, tuned, settings, local_device())
     trainer = Trainer(engine, task, config, local_device(), report, stop)
     if checkpoint is not None:
@@ -216,8 +245,13 @@ def _train(
 
 
 def with_overrides(
-    config: RunConfig, work_dir: str | None = None, engine: str | None = None, amp: bool = False
+    config: RunConfig,
+    work_dir: str | None = None,
+    engine: str | None = None,
+    amp: bool = False,
+    skip_bad_samples: bool = False,
 ) -> RunConfig:
     """The config with what the command line says about it."""
     new_engine = replace(config.engine, type=engine or config.engine.type, amp=amp or config.engine.amp)
-    return replace(config, engine=new_engine, work_dir=work_dir or config.work_dir)
+    data = config.data | {"skip_bad_samples": True} if skip_bad_samples else config.data
+    return replace(config, engine=new_engine, work_dir=work_dir or config.work_dir, data=data)

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn import functional as F
 
 from spt_dist.allocation.allocate import allocate
 from spt_dist.allocation.costs import block_of
@@ -18,6 +17,7 @@ from spt_dist.data.batches import deal_samples, load_batches
 from spt_dist.data.task import Task
 from spt_dist.errors import UserError
 from spt_dist.models.classifier import build_classifier, create_model
+from spt_dist.models.losses import sample_losses
 from spt_dist.models.matrices import take_inventory
 from spt_dist.parallel.backbone import Backbone, build_backbone, scoring_form, training_form
 from spt_dist.parallel.launch import local_device
@@ -70,7 +70,7 @@ def score(config: RunConfig, model: nn.Module, task: Task, report: Report = igno
     with progress_bar("sensitivity", len(dealt), rank == 0) as bar:
 
         def batches() -> Any:
-            for batch in load_batches(task.train, dealt, device):
+            for batch in load_batches(task.train_at(0), dealt, device, task.num_workers):
                 report(0, "scoring")
                 yield batch.inputs, batch.targets
                 bar.advance()
@@ -79,7 +79,7 @@ def score(config: RunConfig, model: nn.Module, task: Task, report: Report = igno
             return estimate_sensitivity(
                 model,
                 batches(),
-                F.cross_entropy,
+                sample_losses(model),
                 wanted.criterion,
                 train_mode=wanted.train_mode,
                 dtype=None if dtype is None else getattr(torch, dtype),

@@ -6,19 +6,22 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
 from spt_dist.config import RunConfig
 from spt_dist.data.batches import Batch, GlobalBatches, load_batches
 from spt_dist.data.task import Task
 from spt_dist.errors import UserError
-from spt_dist.evaluation.classification import evaluate_top1
+from spt_dist.evaluation.scores import evaluate, main_metric
 from spt_dist.files import save_tensors
+from spt_dist.models.losses import sample_losses
+from spt_dist.models.matrices import head_buffers
 from spt_dist.parallel.checkpoints import Checkpoint, Progress, RunIdentity, mark_best, save_checkpoint
 from spt_dist.parallel.engines.base import Engine, State, keep_on_rank_0
 from spt_dist.parallel.signals import StopSignals
@@ -28,10 +31,16 @@ from spt_dist.training.metrics import MetricsFile
 from spt_dist.training.monitor import Monitor, SpeedSummary
 from spt_dist.training.profiling import profiled_steps
 from spt_dist.training.reports import Report, ignore
-from spt_dist.training.schedule import CosineSchedule
+from spt_dist.training.schedule import make_schedule
+from spt_dist.training.timetable import make_timetable
 from spt_dist.tuning.delta import describe_delta
 
 logger = logging.getLogger(__name__)
+# What of a config's section ``train`` the loss curve depends on, beside the batches.
+SCHEDULE_KEYS = (
+    *("epochs", "iterations", "optimizer", "momentum", "lr", "head_lr_mult", "schedule", "poly_power", "min_lr"),
+    *("warmup_epochs", "warmup_lr", "weight_decay", "clip_norm", "ema"),
+)
 
 
 class Trainer:
@@ -60,11 +69,14 @@ class Trainer:
         self.report, self.stop = report, stop or StopSignals()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         train = config.train
-        self.batches = GlobalBatches(task.num_train, train.batch_size, self.rank, self.world_size, config.seed)
-        steps_per_epoch = self.batches.steps_per_epoch
-        self.total_steps = train.epochs * steps_per_epoch
-        warmup_steps = round(train.warmup_epochs * steps_per_epoch)
-        self.schedule = CosineSchedule(train.lr, train.min_lr, train.warmup_lr, warmup_steps, self.total_steps)
+        self.sample_losses = sample_losses(engine.module)
+        self.batches = GlobalBatches(
+            task.num_train, train.batch_size, self.rank, self.world_size, config.seed, train.iterations is not None
+        )
+        self.timetable = make_timetable(train, self.batches)
+        lengths = self.timetable.steps_per_epoch, self.timetable.total_steps
+        self.schedule = make_schedule(train, 1.0, *lengths)
+        self.head_schedule = make_schedule(train, train.head_lr_mult, *lengths)
         self.average = None if train.ema is None else MovingAverage(engine.module, train.ema)
         self.work_dir = Path(config.work_dir)
         self.checkpoint_dir = self.work_dir / "checkpoints"
@@ -77,59 +89,60 @@ class Trainer:
         if self.average is not None:
             self.average.load(checkpoint.state)
         self.progress = checkpoint.progress
-        logger.info("resumed from %s after %d of %d steps", checkpoint.path, self.progress.num_steps, self.total_steps)
+        total = self.timetable.total_steps
+        logger.info("resumed from %s after %d of %d steps", checkpoint.path, self.progress.num_steps, total)
 
-    def fit(self) -> float:
-        """Train to the end of the last epoch; returns the final top-1 accuracy on the held-out samples.
+    def fit(self) -> dict[str, float]:
+        """Train to the last step; returns the final evaluation on the held-out samples, see ``evaluation.scores``.
 
         Raises:
             Stopped: the run was asked to; a checkpoint is saved.
             UserError: the loss or its gradient is not finite; names the samples.
         """
-        steps_per_epoch, train = self.batches.steps_per_epoch, self.config.train
-        first = self.progress.num_steps
-        accuracy = math.nan
+        table, first = self.timetable, self.progress.num_steps
+        scores: dict[str, float] = {}
         with (
             self.stop.deferred(),
             Monitor(self.config, self.device, first) as monitor,
             MetricsFile(self.work_dir / "metrics.jsonl", first, enabled=self.rank == 0) as metrics,
             profiled_steps(self.config.log, self.work_dir, self.rank) as profiler,
-            progress_bar("training", self.total_steps, self.rank == 0, first) as bar,
+            progress_bar("training", table.total_steps, self.rank == 0, first) as bar,
         ):
-            for epoch in range(first // steps_per_epoch, train.epochs):
-                must_stop = False
+            for epoch in range(first // table.steps_per_epoch, table.num_epochs):
                 for batch in monitor.timed(self._load(epoch)):
-                    lr = self.schedule.at(self.progress.num_steps)
-                    loss, norm, must_stop = self.train_step(batch, lr)
+                    lr, head_lr = (rates.at(self.progress.num_steps) for rates in (self.schedule, self.head_schedule))
+                    loss, norm, must_stop = self.train_step(batch, lr, head_lr)
                     step = self.progress.num_steps
                     metrics.write(step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=norm)
                     monitor.step(step=step, loss=loss, lr=lr, grad_norm=norm, num_samples=batch.num_global)
                     profiler.step()
                     bar.advance(note=f"loss {loss:.4f}")
-                    # Behind the last step of an epoch comes its evaluation first: a run that goes on from there has it.
-                    if step % steps_per_epoch and (must_stop or self._is_due(step)):
-                        self.save(monitor, is_needed=must_stop)
-                        if must_stop:
-                            raise self.stop.stopped(step)
-                done, is_last, is_best = epoch + 1, epoch + 1 == train.epochs, False
-                if done % train.eval_interval == 0 or is_last:
-                    accuracy = self.evaluate()
-                    best = self.progress.best_top1
-                    is_best = train.save_best and (best is None or accuracy > best)
-                    metrics.write(step=step, epoch=epoch, top1=accuracy)
-                    monitor.evaluation(step, top1=accuracy)
-                monitor.epoch_end(epoch)
-                is_due = done % train.checkpoint_interval == 0 or self._is_due(step)
-                if is_due or is_last or is_best or must_stop:
-                    self.save(monitor, accuracy if is_best else None, is_needed=must_stop)
-                if must_stop:
-                    raise self.stop.stopped(step)
+                    # The evaluation comes before the checkpoint: a run that goes on from there has it.
+                    best: float | None = None
+                    if table.evaluates(step):
+                        scores = self.evaluate()
+                        best = self._new_best(scores)
+                        metrics.write(step=step, epoch=epoch, **scores)
+                        monitor.evaluation(step, **scores)
+                    if table.ends_epoch(step):
+                        monitor.epoch_end(epoch)
+                    if table.saves(step) or best is not None or must_stop:
+                        self.save(monitor, best, is_needed=must_stop)
+                    if must_stop:
+                        raise self.stop.stopped(step)
+                    if step == table.total_steps:
+                        break
             self.speed = monitor.summary()
         # A run that is resumed after its last step has nothing left to train.
-        return self.evaluate() if math.isnan(accuracy) else accuracy
+        return scores or self.evaluate()
 
-    def train_step(self, batch: Batch, lr: float) -> tuple[float, float, bool]:
-        """One optimizer step on this rank's part of a global batch.
+    def train_step(self, batch: Batch, lr: float, head_lr: float | None = None) -> tuple[float, float, bool]:
+        """One optimizer step on this rank's part of a global batch, at the given learning rates.
+
+        Args:
+            batch: this rank's part.
+            lr: of everything outside the head.
+            head_lr: of the head; ``None`` for the same.
 
         Returns:
             The mean loss over the global batch, the norm of its gradient, and whether any rank was asked to stop; the
@@ -147,7 +160,7 @@ class Trainer:
         losses: list[Tensor] = []
         for part in parts:
             with self.engine.passing(is_last=part is parts[-1]):
-                losses_B = F.cross_entropy(self.engine(part.inputs).float(), part.targets, reduction="none")
+                losses_B = self.sample_losses(self.engine(part.inputs), part.targets)
                 # Sum over this rank's samples, over the size of the global batch: over the ranks this is the mean.
                 loss = (losses_B * part.weights).sum() / part.num_global
                 # Engines average gradients over the ranks.
@@ -159,7 +172,7 @@ class Trainer:
         global_loss, num_stopped = sums.tolist()
         if not math.isfinite(global_loss):
             raise self._not_finite("loss", global_loss, lr, batch, torch.cat(losses))
-        self.engine.set_lr(lr)
+        self.engine.set_lr(lr, lr if head_lr is None else head_lr)
         norm = self.engine.step()
         if not math.isfinite(norm) and not self.engine.skips_overflow:
             raise self._not_finite("norm of the gradient", norm, lr, batch, torch.cat(losses))
@@ -168,45 +181,45 @@ class Trainer:
         self.progress = replace(self.progress, num_steps=num_steps + 1)
         return global_loss, norm, num_stopped > 0
 
-    def evaluate(self) -> float:
-        """Top-1 accuracy on the held-out samples. Collective."""
+    def evaluate(self) -> dict[str, float]:
+        """The metrics on the held-out samples, the main one first. Collective."""
 
-        def forward(inputs: Tensor) -> Tensor:
+        def forward(inputs: Tensor) -> Any:
             self.report(self.progress.num_steps, "evaluation")
             return self.engine(inputs)
 
         with nullcontext() if self.average is None else self.average.in_place():
             batch_size = 4 * self.config.train.batch_size
-            return evaluate_top1(forward, self.engine.module, self.task, batch_size, self.device)
+            return evaluate(forward, self.engine.module, self.task, batch_size, self.device)
 
     def trained_values(self) -> State:
         """What the task file holds: the trained values, or their average, whole on rank 0. Collective."""
         if self.average is not None:
-            return keep_on_rank_0(self.average.whole())
+            return keep_on_rank_0(chain(self.average.whole(), head_buffers(self.engine.module).items()))
         return self.engine.trainable_values()
 
-    def save(self, monitor: Monitor, best_top1: float | None = None, is_needed: bool = False) -> None:
+    def save(self, monitor: Monitor, best_score: float | None = None, is_needed: bool = False) -> None:
         """Write a checkpoint, and the task file of the best one. Collective.
 
         Where the disk is full the run goes on, and the last good checkpoint stays.
 
         Args:
             monitor: is told how long it took.
-            best_top1: accuracy of the evaluation at this step, if none before was better and that is to be saved.
+            best_score: of the evaluation at this step, if none before was better and that is to be saved.
             is_needed: whether the run ends after this, so that an error is one.
 
         Raises:
             OSError: it can't be written, and ``is_needed``.
         """
         step, progress = self.progress.num_steps, self.progress
-        if best_top1 is not None:
-            progress = replace(progress, best_top1=best_top1, best_step=step)
+        if best_score is not None:
+            progress = replace(progress, best_score=best_score, best_step=step)
         self.report(step, "saving a checkpoint")
         started = time.perf_counter()
         state = self.engine.gather_state()
         if self.average is not None:
             state |= keep_on_rank_0(self.average.state())
-        values = {} if best_top1 is None else self.trained_values()
+        values = {} if best_score is None else self.trained_values()
         is_written = torch.zeros(1, device=self.device)
         if self.rank == 0:
             try:
@@ -231,17 +244,17 @@ class Trainer:
             save_tensors(self.work_dir / "task_best.safetensors", *describe_delta(module, best_values))
         return path
 
-    def _is_due(self, step: int) -> bool:
-        """Whether ``train.checkpoint_steps`` wants a checkpoint after this many steps."""
-        interval = self.config.train.checkpoint_steps
-        return interval is not None and step % interval == 0
+    def _new_best(self, scores: dict[str, float]) -> float | None:
+        """The main metric, if best ones are kept and none before was better."""
+        score, best = scores[main_metric(scores)], self.progress.best_score
+        return score if self.config.train.save_best and (best is None or score > best) else None
 
     def _load(self, epoch: int) -> Iterator[Batch]:
         """The rest of an epoch's batches."""
         self.engine.module.train()
         dealt = self.batches.deal(epoch, self.progress.num_steps % self.batches.steps_per_epoch)
         self.report(self.progress.num_steps, "loading data")
-        for batch in load_batches(self.task.train, dealt, self.device):
+        for batch in load_batches(self.task.train_at(epoch), dealt, self.device, self.task.num_workers):
             yield batch
             self.report(self.progress.num_steps, "loading data")
 
@@ -271,10 +284,7 @@ def run_identity(config: RunConfig, task: Task) -> RunIdentity:
         method={key: value for key, value in config.method.items() if key != "path"},
         schedule={
             "method.path": config.method.get("path"),
-            "train": {
-                name: getattr(train, name)
-                for name in ("epochs", "lr", "min_lr", "warmup_epochs", "warmup_lr", "weight_decay", "clip_norm", "ema")
-            },
+            "train": {name: getattr(train, name) for name in SCHEDULE_KEYS},
         },
     )
 

@@ -12,11 +12,11 @@ from spt_dist.allocation.plan import Plan
 from spt_dist.errors import UserError
 from spt_dist.files import load_tensors, save_tensors
 from spt_dist.models.fingerprint import fingerprint
-from spt_dist.models.matrices import logical_name
+from spt_dist.models.matrices import head_buffers, logical_name
 from spt_dist.models.twins import make_twin
 from spt_dist.models.wrappers import unwrap
 from spt_dist.sensitivity.shards import get_rank, world_size
-from spt_dist.tuning.inject import install, is_tuned, make_modules, trainable_parameters, trained_parameters
+from spt_dist.tuning.inject import install, is_tuned, make_modules, trainable_parameters, trained_tensors
 
 FORMAT_VERSION = 2
 # Version 1 had no originals, and another name for structured modules.
@@ -45,7 +45,7 @@ def save_delta(tuned: nn.Module, path: str | Path) -> None:
 
 
 def trained_values(tuned: nn.Module) -> dict[str, Tensor]:
-    """Name -> value of every trained parameter, the head's included, whatever is put around parts of the model.
+    """Name -> value of every trained parameter and the head's buffers, whatever is put around parts of the model.
 
     Raises:
         UserError: these are not what the model's plan trains.
@@ -61,7 +61,7 @@ def trained_values(tuned: nn.Module) -> dict[str, Tensor]:
             f"{found}, but the plan trains {plan.num_trainable:,} parameters and the head; requires_grad was changed "
             "after inject, so that no task file can hold what was trained"
         )
-    return state
+    return state | {logical_name(name): buffer for name, buffer in head_buffers(tuned).items() if plan.head}
 
 
 def describe_delta(tuned: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -169,7 +169,7 @@ def attach_delta(backbone: nn.Module, task: TaskFile) -> nn.Module:
     _check_fits(backbone, task)
     fit_head(backbone, task.plan, task.state)
     modules = make_modules(backbone, task.plan)
-    trained = trained_parameters(backbone, task.plan, modules)
+    trained = trained_tensors(backbone, task.plan, modules)
     install(backbone, task.plan, modules, task.fingerprint)
     for name, parameter in trained.items():
         parameter.data.copy_(task.state[name])
@@ -186,10 +186,10 @@ def _check_fits(backbone: nn.Module, task: TaskFile) -> None:
     """Refuse trained values that are not the model's by name and shape, before anything of it is changed."""
     twin = make_twin(backbone)
     fit_head(twin, task.plan, task.state)
-    check_state(task.state, trained_parameters(twin, task.plan, make_modules(twin, task.plan)), task.path)
+    check_state(task.state, trained_tensors(twin, task.plan, make_modules(twin, task.plan)), task.path)
 
 
-def check_state(state: dict[str, Tensor], trained: dict[str, nn.Parameter], source: str | Path) -> None:
+def check_state(state: dict[str, Tensor], trained: dict[str, Tensor], source: str | Path) -> None:
     """Refuse trained values that are not the model's by name and shape.
 
     Raises:

@@ -13,7 +13,7 @@ from spt_dist.allocation.plan import Plan
 from spt_dist.errors import UserError
 from spt_dist.models.fingerprint import fingerprint
 from spt_dist.models.layers import is_linear
-from spt_dist.models.matrices import LogicalParameter, own_name_of, parent_of, take_inventory
+from spt_dist.models.matrices import LogicalParameter, head_buffers, own_name_of, parent_of, take_inventory
 from spt_dist.models.sharded import whole_shape, whole_value
 from spt_dist.tables import format_table
 from spt_dist.tuning.entries import EntryDelta, holder_name, tune_entries
@@ -83,9 +83,11 @@ def make_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     return made
 
 
-def trained_parameters(model: nn.Module, plan: Plan, modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """What is trained once ``modules`` are installed, under the names it has then."""
-    trained = {name: model.get_parameter(name) for name in [*plan.parameters, *plan.head]}
+def trained_tensors(model: nn.Module, plan: Plan, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """What is trained once ``modules`` are installed, and the head's buffers, under the names they have then."""
+    trained: dict[str, Tensor] = {name: model.get_parameter(name) for name in [*plan.parameters, *plan.head]}
+    if plan.head:
+        trained |= head_buffers(model)
     for name, module in modules.items():
         prefix = _place_of(name, module)
         for own_name, parameter in module.named_parameters():

@@ -134,7 +134,8 @@ def test_unreadable_file(tmp_path: Path, text: str, message: str) -> None:
     [
         ("method = dict(_delete_=True, rank=2)", r"method\.type is missing"),
         ("data = dict(_delete_=True, num_train=3)", r"data\.type is missing"),
-        ("train = dict(_delete_=True, lr=1e-3)", r"train\.epochs is missing"),
+        ("train = dict(_delete_=True, lr=1e-3)", r"train\.epochs=None and train\.iterations=None: give one of the two"),
+        ("train = dict(iterations=5)", r"train\.epochs=\d+ and train\.iterations=5: give one of the two"),
     ],
 )
 def test_missing_key(config_path: Path, line: str, message: str) -> None:

@@ -93,7 +93,7 @@ def test_run_is_worth_comparing(runs: Runs) -> None:
     losses = list(read_losses(work_dir).values())
     assert sum(losses[-7:]) < 0.9 * sum(losses[:7])
     # One of ten classes by guessing.
-    assert read_summary(work_dir)["top1"] > 0.2
+    assert read_summary(work_dir)["scores"]["top1"] > 0.2
 
 
 @pytest.mark.parametrize("case", TOGETHER)
@@ -141,5 +141,5 @@ def test_summary_agrees_with_files(runs: Runs, case: str) -> None:
     assert summary["num_head"] == head == 10 * (32 + 1)
     assert summary["num_trainable"] == sum(values.numel() for values in trained.values()) - head
     assert summary["method"] == "spt-lora"
-    assert summary["top1"] == [line["top1"] for line in read_lines(work_dir) if "top1" in line][-1]
+    assert summary["scores"]["top1"] == [line["top1"] for line in read_lines(work_dir) if "top1" in line][-1]
     assert Path(summary["task_file"]) == work_dir / "task.safetensors"

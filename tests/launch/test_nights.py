@@ -48,7 +48,7 @@ def assert_same_run(work_dir: Path, reference: Path) -> None:
     """Curve, accuracy and task files are the same, bit for bit."""
     assert list(read_losses(work_dir)) == list(range(1, NUM_STEPS + 1))
     assert read_lines(work_dir) == read_lines(reference)
-    assert read_summary(work_dir)["top1"] == read_summary(reference)["top1"]
+    assert read_summary(work_dir)["scores"]["top1"] == read_summary(reference)["scores"]["top1"]
     for name in ("task.safetensors", "task_best.safetensors"):
         assert_same_bits(work_dir / name, reference / name)
     best = [(path / "checkpoints" / "best").read_text(encoding="utf-8") for path in (work_dir, reference)]

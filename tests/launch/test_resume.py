@@ -77,7 +77,7 @@ def test_killed_run_goes_on_bit_for_bit(
     assert f"after {saved} of {NUM_STEPS} steps" in " ".join(resumed.stdout.split())
     assert list(read_losses(work_dir)) == list(range(1, NUM_STEPS + 1))
     assert read_lines(work_dir) == read_lines(reference)
-    assert read_summary(work_dir)["top1"] == read_summary(reference)["top1"]
+    assert read_summary(work_dir)["scores"]["top1"] == read_summary(reference)["scores"]["top1"]
     assert_same_bits(work_dir / "task.safetensors", reference / "task.safetensors")
     assert_same_bits(checkpoint_path(work_dir, NUM_STEPS), checkpoint_path(reference, NUM_STEPS))
 
@@ -140,7 +140,7 @@ def test_resumed_after_the_end(tmp_path: Path, alone: Path) -> None:
     shutil.copytree(alone, work_dir)
     run_script([*training(work_dir), "--resume"]).check()
     assert read_lines(work_dir) == read_lines(alone)
-    assert read_summary(work_dir)["top1"] == read_summary(alone)["top1"]
+    assert read_summary(work_dir)["scores"]["top1"] == read_summary(alone)["scores"]["top1"]
     assert_same_bits(work_dir / "task.safetensors", alone / "task.safetensors")
 
 
@@ -191,7 +191,9 @@ def assert_close(work_dir: Path, reference: Path, first_step: int) -> None:
     found = read_losses(work_dir)
     assert found.keys() == expected.keys()
     assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-5)
-    assert read_summary(work_dir)["top1"] == pytest.approx(read_summary(reference)["top1"], abs=2 / 1596)
+    assert read_summary(work_dir)["scores"]["top1"] == pytest.approx(
+        read_summary(reference)["scores"]["top1"], abs=2 / 1596
+    )
     task, wanted = load_file(work_dir / "task.safetensors"), load_file(reference / "task.safetensors")
     assert task.keys() == wanted.keys()
     for name, values in wanted.items():

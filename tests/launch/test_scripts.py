@@ -189,7 +189,7 @@ def test_plans_table(folder: Path, results: Mapping[str, ScriptResult]) -> None:
 @pytest.mark.distributed
 def test_evaluations_agree(folder: Path, results: Mapping[str, ScriptResult]) -> None:
     """Of the run itself, of the task file on its backbone, and of the merged checkpoint."""
-    wanted = f"{read_summary(folder / 'own')['top1']:.2%}"
+    wanted = f"{read_summary(folder / 'own')['scores']['top1']:.2%}"
     for name in ("evaluate task", "evaluate merged"):
         assert re.findall(r"^top-1 +(\S+)$", results[name].stdout, re.MULTILINE) == [wanted], name
         assert re.findall(r"^held-out samples +(\d+)$", results[name].stdout, re.MULTILINE) == [str(1797 - NUM_TRAIN)]
@@ -204,7 +204,7 @@ def test_merged_file_is_a_plain_timm_checkpoint(folder: Path, results: Mapping[s
         hits = [
             bool(model(image.unsqueeze(0)).argmax() == label) for image, label in (task.val[i] for i in range(1596))
         ]
-    top1 = read_summary(folder / "own")["top1"]
+    top1 = read_summary(folder / "own")["scores"]["top1"]
     assert top1 > 0.2, "by guessing it is 0.1"
     assert np.mean(hits) == pytest.approx(top1, abs=1 / 1596)
 
@@ -215,7 +215,7 @@ def test_report_table(folder: Path, results: Mapping[str, ScriptResult]) -> None
         summary = read_summary(folder / name)
         (row,) = [line for line in text.splitlines() if f"SPT-LoRA ({name})" in line]
         assert f"{summary['num_trainable']:,}" in row
-        assert f"{100 * summary['top1']:.2f}" in row
+        assert f"{100 * summary['scores']['top1']:.2f}" in row
         assert row in results["report"].stdout
 
 

@@ -175,8 +175,8 @@ def make_foreign(path: Path) -> None:
 def flip_metadata(path: Path) -> None:
     """Change one letter of what the file says of itself."""
     content = path.read_bytes()
-    assert content.count(b"best_top1") == 1
-    path.write_bytes(content.replace(b"best_top1", b"best_topX"))
+    assert content.count(b"best_score") == 1
+    path.write_bytes(content.replace(b"best_score", b"best_scorX"))
 
 
 def lose_checksums(path: Path) -> None:

@@ -114,7 +114,7 @@ def train(
     """Train all epochs; what came of it."""
     engine = make_engine(config, plan, accumulation=accumulation, inject_first=inject_first)
     frozen = {n: whole_value(p).clone() for n, p in engine.module.named_parameters() if not p.requires_grad}
-    top1 = make_trainer(engine, config, folder, accumulation=accumulation).fit()
+    top1 = make_trainer(engine, config, folder, accumulation=accumulation).fit()["top1"]
     for name, parameter in engine.module.named_parameters():
         assert parameter.requires_grad or torch.equal(whole_value(parameter), frozen[name]), name
     return {"top1": top1, "state": engine.gather_state()}
@@ -400,7 +400,7 @@ def train_some_in_place(config: EngineConfig, folder: str) -> tuple[list[float],
     backbone = build_backbone(model, config, training_form(config), 3, CPU, plan)
     tuned = install(backbone.model, plan, make_modules(backbone.model, plan), backbone.fingerprint)
     engine = build_engine(config, tuned, SETTINGS, CPU)
-    make_trainer(engine, config, folder, epochs=2).fit()
+    make_trainer(engine, config, folder, epochs=2).fit()["top1"]
     dtypes = [engine.module.get_parameter(name).dtype for name in (*spared, "blocks.0.attn.proj.weight")]
     return read_losses(Path(folder)), dtypes, sum(float(value.abs().sum()) for _, value in engine.trained())
 

@@ -34,9 +34,9 @@ class Rehearsed(Trainer):
     accuracies: tuple[float, ...] = ()
     stop_before: int | None = None
 
-    def evaluate(self) -> float:
+    def evaluate(self) -> dict[str, float]:
         """The epoch's accuracy."""
-        return self.accuracies[self.progress.num_steps // STEPS_PER_EPOCH - 1]
+        return {"top1": self.accuracies[self.progress.num_steps // STEPS_PER_EPOCH - 1]}
 
     def train_step(self, *arguments: Any) -> tuple[float, float, bool]:
         """A real step."""
@@ -68,7 +68,7 @@ def latest(folder: Path) -> Checkpoint:
 
 def test_the_best_of_all_evaluations_is_kept(tmp_path: Path) -> None:
     trainer = run(tmp_path, (0.2, 0.9, 0.5, 0.9))
-    assert (trainer.progress.best_top1, trainer.progress.best_step) == (0.9, 6)
+    assert (trainer.progress.best_score, trainer.progress.best_step) == (0.9, 6)
     assert latest(tmp_path).progress == trainer.progress
     assert (tmp_path / "checkpoints" / "best").read_text() == "step-00000006.safetensors"
     assert (tmp_path / "checkpoints" / "step-00000006.safetensors").is_file()
@@ -105,7 +105,7 @@ def test_a_best_that_could_not_be_written_is_none(
 
     monkeypatch.setattr(Trainer, "_write", full_once)
     trainer = run(tmp_path, (0.2, 0.9, 0.5, 0.3))
-    assert (trainer.progress.best_top1, trainer.progress.best_step) == (0.5, 9)
+    assert (trainer.progress.best_score, trainer.progress.best_step) == (0.5, 9)
     assert (tmp_path / "checkpoints" / "best").read_text() == "step-00000009.safetensors"
     assert "the checkpoint of step 6 can't be written" in caplog.text
 
@@ -114,5 +114,5 @@ def test_the_best_counts_from_when_it_is_saved(tmp_path: Path) -> None:
     """What was evaluated without ``save_best`` is gone, however good."""
     run(tmp_path, (0.9, 0.2, 0.3, 0.1), epochs=2, save_best=False)
     trainer = run(tmp_path, (0.9, 0.2, 0.3, 0.1))
-    assert (trainer.progress.best_top1, trainer.progress.best_step) == (0.3, 9)
+    assert (trainer.progress.best_score, trainer.progress.best_step) == (0.3, 9)
     assert torch.isfinite(latest(tmp_path).state["param/head.weight"]).all()

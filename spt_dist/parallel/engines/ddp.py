@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from spt_dist.config import EngineConfig
-from spt_dist.parallel.engines.base import OptimizerSettings
+from spt_dist.parallel.engines.optimizers import OptimizerSettings
 from spt_dist.parallel.engines.torch_engine import TorchEngine
 
 
@@ -20,7 +20,7 @@ class DDPEngine(TorchEngine):
     ) -> None:
         super().__init__(model, settings, device, config)
         if dist.get_world_size() > 1:
-            # Buffers are indices that every rank derives from the same plan.
+            # Buffers are indices that every rank derives from the same plan, and means over all ranks.
             self.replica = DistributedDataParallel(model, forward_sync_buffers=False)
 
     def passing(self, is_last: bool) -> AbstractContextManager[None]:

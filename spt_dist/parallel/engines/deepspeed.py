@@ -14,13 +14,14 @@ from torch.nn import functional as F
 from spt_dist.compat import start_deepspeed
 from spt_dist.config import EngineConfig
 from spt_dist.models.sharded import whole_shape
-from spt_dist.parallel.engines.base import MOMENTS, Engine, OptimizerSettings, State, build_adamw, keep_on_rank_0
+from spt_dist.parallel.engines.base import Engine, State, keep_on_rank_0, read_buffers, write_buffers
 from spt_dist.parallel.engines.deepspeed_config import deepspeed_config
+from spt_dist.parallel.engines.optimizers import OptimizerSettings, build_optimizer
 from spt_dist.tuning.inject import trainable_parameters
 
 
 class DeepSpeedEngine(Engine):
-    """A DeepSpeed engine around our own model and AdamW."""
+    """A DeepSpeed engine around our own model and optimizer."""
 
     def __init__(
         self, model: nn.Module, settings: OptimizerSettings, device: torch.device, config: EngineConfig
@@ -32,20 +33,20 @@ class DeepSpeedEngine(Engine):
         self.zero_stage, self.accumulation = config.zero_stage, settings.accumulation
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=model,
-            optimizer=build_adamw(model, settings),
+            optimizer=build_optimizer(model, settings),
             config=deepspeed_config(config, num_trained, settings.clip_norm, settings.accumulation),
         )
         self.module = self.engine.module
+        self.moments = settings.moments
 
     @property
     def skips_overflow(self) -> bool:
         """Never: there is no float16."""
         return False
 
-    def __call__(self, inputs: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor) -> Any:
         """Forward pass through DeepSpeed's engine, which autocasts if told so."""
-        outputs: Tensor = self.engine(inputs)
-        return outputs
+        return self.engine(inputs)
 
     def passing(self, is_last: bool) -> AbstractContextManager[None]:
         """Tell DeepSpeed which pass is the last: it may come early, where a batch has few samples."""
@@ -75,29 +76,32 @@ class DeepSpeedEngine(Engine):
     def gather_state(self) -> State:
         """The fp32 masters and their moments, gathered from the ranks that own them."""
         self._link_moments()
-        steps = [state["step"] for state in self.engine.basic_optimizer.state.values() if "step" in state][:1]
+        states = list(self.engine.basic_optimizer.state.values())
+        steps = (("optimizer/step", state["step"]) for state in states[:1] if "step" in state)
         moments = (
             (f"{moment}/{name}", self._whole(parameter, moment))
             for name, parameter in trainable_parameters(self.module)
-            if steps
-            for moment in MOMENTS
+            for moment in self.moments
+            if any(moment in state for state in states)
         )
         parameters = ((f"param/{name}", value) for name, value in self.trained())
-        return keep_on_rank_0(chain(parameters, moments, (("optimizer/step", step) for step in steps)))
+        return keep_on_rank_0(chain(parameters, read_buffers(self.module), moments, steps))
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Write masters, moments and the parameters that the next forward pass will use."""
         steps = state.get("optimizer/step")
         base = self.engine.basic_optimizer
-        if self.zero_stage and steps is not None:
+        has_moments = any(f"{moment}/" in name for name in state for moment in self.moments)
+        if self.zero_stage and has_moments:
             # Moments exist only after a step, and the setters below need them to.
             for partition in self._partitions():
-                base.state[partition] = {moment: torch.zeros_like(partition) for moment in MOMENTS}
+                base.state[partition] = {moment: torch.zeros_like(partition) for moment in self.moments}
             self._link_moments()
         for name, parameter in trainable_parameters(self.module):
-            moments = {moment: state[f"{moment}/{name}"] for moment in MOMENTS} if steps is not None else {}
+            moments = {moment: state[f"{moment}/{name}"] for moment in self.moments} if has_moments else {}
             self._write(parameter, state[f"param/{name}"], moments)
+        write_buffers(self.module, state)
         if steps is not None:
             for moments in base.state.values():
                 moments["step"] = steps.clone()

@@ -1,15 +1,17 @@
-"""What the engines made of torch alone have in common: AdamW, autocast, loss scaling, and their state."""
+"""What the engines made of torch alone have in common: optimizer, autocast, loss scaling, and their state."""
 
 import math
 from collections.abc import Iterator, Mapping
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spt_dist.config import EngineConfig
 from spt_dist.models.sharded import fill, whole_value
-from spt_dist.parallel.engines.base import MOMENTS, Engine, OptimizerSettings, State, build_adamw, keep_on_rank_0
+from spt_dist.parallel.engines.base import Engine, State, keep_on_rank_0, read_buffers, write_buffers
+from spt_dist.parallel.engines.optimizers import OptimizerSettings, build_optimizer
 from spt_dist.parallel.engines.scaler import read_scaler, write_scaler
 from spt_dist.tuning.inject import trainable_parameters
 
@@ -24,7 +26,8 @@ class TorchEngine(Engine):
         self.device, self.clip_norm = device, settings.clip_norm
         self.autocast = config.amp
         self.dtype = getattr(torch, config.amp_dtype)
-        self.optimizer = build_adamw(model, settings)
+        self.optimizer = build_optimizer(model, settings)
+        self.moments = settings.moments
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp and config.amp_dtype == "float16")
 
     @property
@@ -32,11 +35,10 @@ class TorchEngine(Engine):
         """Not once the loss is not scaled up any more: what is not finite then is not the scaling's fault."""
         return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
 
-    def __call__(self, inputs: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor) -> Any:
         """Forward pass of this rank."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.autocast):
-            outputs: Tensor = self.replica(inputs)
-        return outputs
+            return self.replica(inputs)
 
     def backward(self, loss: Tensor) -> None:
         """Backward pass, of a scaled loss with float16."""
@@ -69,11 +71,12 @@ class TorchEngine(Engine):
             (f"{moment}/{name}", whole_value(states[parameter][moment]))
             for name, parameter in trainable_parameters(self.module)
             if parameter in states
-            for moment in MOMENTS
+            for moment in self.moments
         )
-        steps = (("optimizer/step", state["step"]) for state in list(states.values())[:1])
+        steps = (("optimizer/step", state["step"]) for state in list(states.values())[:1] if "step" in state)
         parameters = ((f"param/{name}", value) for name, value in self.trained())
-        return keep_on_rank_0(chain(parameters, moments, steps, read_scaler(self.scaler)))
+        buffers = read_buffers(self.module)
+        return keep_on_rank_0(chain(parameters, buffers, moments, steps, read_scaler(self.scaler)))
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -81,10 +84,10 @@ class TorchEngine(Engine):
         steps = state.get("optimizer/step")
         for name, parameter in trainable_parameters(self.module):
             fill(parameter, state[f"param/{name}"])
-            if steps is None:
-                continue
-            moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+            moments = {moment: torch.zeros_like(parameter) for moment in self.moments if f"{moment}/{name}" in state}
             for moment, value in moments.items():
                 fill(value, state[f"{moment}/{name}"])
-            self.optimizer.state[parameter] = {"step": steps.clone(), **moments}
+            if moments:
+                self.optimizer.state[parameter] = moments if steps is None else {"step": steps.clone(), **moments}
+        write_buffers(self.module, state)
         write_scaler(self.scaler, state)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from spt_dist.errors import UserError
 from spt_dist.models.fingerprint import fingerprint
+from spt_dist.models.matrices import head_buffers
 from spt_dist.tuning.delta import read_delta
 from spt_dist.tuning.inject import is_tuned
 from spt_dist.tuning.multitask.mixed import Part, run_mixed
@@ -29,9 +30,11 @@ class TaskBank(nn.Module):
         """``backbone``: the plain model that the task files were made for, with any head; on any device.
 
         Raises:
-            UserError: it is tuned already.
+            UserError: it is tuned already, or its head has running means.
         """
         super().__init__()
+        if head_buffers(backbone):
+            raise UserError("TaskBank: is for classifiers; the head of this model keeps running means (batch norm)")
         if is_tuned(backbone):
             raise UserError("TaskBank: this model has been injected already; build the backbone anew")
         self.backbone = backbone

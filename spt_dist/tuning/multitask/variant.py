@@ -6,7 +6,7 @@ from spt_dist.models.matrices import parent_of
 from spt_dist.models.twins import make_twin
 from spt_dist.tuning.delta import TaskFile, check_state, fit_head
 from spt_dist.tuning.entries import EntryDelta
-from spt_dist.tuning.inject import make_modules, place_modules, trained_parameters
+from spt_dist.tuning.inject import make_modules, place_modules, trained_tensors
 
 
 class Variant(nn.Module):
@@ -29,7 +29,7 @@ class Variant(nn.Module):
         self.model = make_twin(backbone, but={*plan.parameters, *plan.head})
         fit_head(self.model, plan, task.state)
         modules = make_modules(self.model, plan)
-        trained = trained_parameters(self.model, plan, modules)
+        trained = trained_tensors(self.model, plan, modules)
         check_state(task.state, trained, task.path)
         for name, parameter in trained.items():
             parameter.data.copy_(task.state[name])

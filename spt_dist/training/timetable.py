@@ -1,0 +1,58 @@
+"""When a run evaluates, saves and ends, in steps."""
+
+from dataclasses import dataclass
+
+from spt_dist.config import TrainConfig
+from spt_dist.data.batches import GlobalBatches
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """A run's length and intervals.
+
+    Attributes:
+        steps_per_epoch: global batches in an epoch.
+        total_steps: steps of the run.
+        eval_interval: steps between two evaluations.
+        save_interval: steps between two checkpoints.
+        extra_save_interval: the same, beside them; ``None`` for none.
+    """
+
+    steps_per_epoch: int
+    total_steps: int
+    eval_interval: int
+    save_interval: int
+    extra_save_interval: int | None
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs begun."""
+        return -(-self.total_steps // self.steps_per_epoch)
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether the epoch, or the run, is over after this many steps."""
+        return step % self.steps_per_epoch == 0 or step == self.total_steps
+
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation is due after this many steps."""
+        return step % self.eval_interval == 0 or step == self.total_steps
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after this many steps."""
+        is_extra = self.extra_save_interval is not None and step % self.extra_save_interval == 0
+        return is_extra or step % self.save_interval == 0 or step == self.total_steps
+
+
+def make_timetable(train: TrainConfig, batches: GlobalBatches) -> Timetable:
+    """The timetable of a schedule over some batches. Its intervals are in epochs, or in steps with ``iterations``."""
+    per_epoch = batches.steps_per_epoch
+    unit = per_epoch if train.iterations is None else 1
+    length = train.iterations if train.epochs is None else train.epochs
+    assert length is not None, "one of the two is given"
+    return Timetable(
+        steps_per_epoch=per_epoch,
+        total_steps=length * unit,
+        eval_interval=train.eval_interval * unit,
+        save_interval=train.checkpoint_interval * unit,
+        extra_save_interval=train.checkpoint_steps,
+    )
