@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from spt_dist.allocation.plan import Plan, operation_of
-from spt_dist.errors import UserError
-from spt_dist.models.matrices import take_inventory
+from spt_dist.allocation.plan import Plan
+from spt_dist.tuning.methods.uniform import plan_uniform
 
 
 def plan_lora(model: nn.Module, rank: int = 8, targets: Sequence[str] = ("q", "v")) -> Plan:
@@ -20,21 +19,4 @@ def plan_lora(model: nn.Module, rank: int = 8, targets: Sequence[str] = ("q", "v
     Raises:
         UserError: a target names no matrix of the model; ``rank`` below 1.
     """
-    if rank < 1:
-        raise UserError(f"method.rank={rank}: has to be at least 1")
-    inventory = take_inventory(model)
-    shapes = {parameter.name: parameter.shape for parameter in inventory.parameters if parameter.is_matrix}
-    known = sorted({operation_of(name).split(".")[-2] for name in shapes})
-    for target in targets:
-        if target not in known:
-            raise UserError(f"method.targets: {target!r} is no operation of this model; it has {', '.join(known)}")
-    chosen = {name: shape for name, shape in shapes.items() if name.split(".")[-2] in targets}
-    return Plan(
-        matrices=dict.fromkeys(chosen, "lora"),
-        head=inventory.head,
-        shapes=chosen,
-        rank=rank,
-        method="lora",
-        backbone_size=inventory.backbone_size,
-        options={"targets": list(targets)},
-    )
+    return plan_uniform(model, "lora", rank, targets)

@@ -1,0 +1,2 @@
+# VPT-deep: prompts in every block.
+method = dict(type="vpt", num_prompts=10)
