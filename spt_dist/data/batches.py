@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from spt_dist.errors import UserError
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -97,6 +99,22 @@ def deal_samples(
     return [(batch, [1.0] * len(batch), len(batch)) for batch in mine]
 
 
+def read(loader: DataLoader[Any]) -> Iterator[Any]:
+    """What a loader yields; a mistake of the user's that one of its workers met is told as the rank itself would.
+
+    Raises:
+        UserError: a sample can't be read.
+    """
+    try:
+        yield from loader
+    except UserError as error:
+        # torch raises a worker's error again with the worker's traceback as its text.
+        _, found, text = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")
+        if not found:
+            raise
+        raise UserError(text.strip()) from error
+
+
 def load_batches(
     dataset: Dataset[Any],
     batches: Iterable[tuple[list[int], list[float], int]],
@@ -116,5 +134,5 @@ def load_batches(
     loader = DataLoader(
         dataset, batch_sampler=indices, num_workers=num_workers, pin_memory=device.type == "cuda" and num_workers > 0
     )
-    for (inputs, targets), (samples, weights, num_global) in zip(loader, dealt, strict=True):
+    for (inputs, targets), (samples, weights, num_global) in zip(read(loader), dealt, strict=True):
         yield Batch(inputs.to(device), targets.to(device), torch.tensor(weights, device=device), num_global, samples)

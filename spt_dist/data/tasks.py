@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 from spt_dist.config import check_arguments, lookup
+from spt_dist.data.ade20k import build_ade20k
 from spt_dist.data.digits import build_digits
 from spt_dist.data.task import Task
 from spt_dist.errors import UserError
 
-TASKS: dict[str, Callable[..., Task]] = {"digits": build_digits}
+TASKS: dict[str, Callable[..., Task]] = {"digits": build_digits, "ade20k": build_ade20k}
 
 
 def build_task(options: dict[str, Any], num_classes: int) -> Task:

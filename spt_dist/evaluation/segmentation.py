@@ -13,6 +13,7 @@ from mmseg.evaluation import IoUMetric
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from spt_dist.data.batches import read
 from spt_dist.data.segmentation_set import IGNORED, SegmentationSet
 from spt_dist.data.task import Task
 from spt_dist.evaluation.windows import Forward, enlarge, image_logits, lay_windows
@@ -104,7 +105,7 @@ def segment_images(
     module.eval()
     try:
         with progress_bar("evaluation", len(mine), get_rank() == 0 and len(indices) >= MANY_IMAGES) as bar:
-            for place, (views, label_HW) in enumerate(loader):
+            for place, (views, label_HW) in enumerate(read(loader)):
                 views, is_mine = [view_CHW.to(device) for view_CHW in views], place < len(mine)
                 windows = [lay_windows(view_CHW.shape[1:], module.test_cfg) for view_CHW in views]  # type: ignore[arg-type]
                 num_passes = (1 + flip) * sum(laid.num_passes(windows_per_pass) for laid in windows) if is_mine else 0

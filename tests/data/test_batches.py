@@ -1,10 +1,14 @@
 """Dealing samples out to ranks."""
 
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
+from spt_dist import UserError
 from spt_dist.data.batches import GlobalBatches, deal_samples, load_batches
 from spt_dist.data.digits import build_digits
 
@@ -72,3 +76,29 @@ def test_digits_are_split_without_overlap() -> None:
     assert images.max() <= 1
     seen = {image.numpy().tobytes() for image in images}
     assert not any(image.numpy().tobytes() in seen for image in held_out)
+
+
+class Unreadable(Dataset[Any]):
+    """Its third sample is a mistake of the user's."""
+
+    def __getitem__(self, index: int) -> tuple[float, int]:
+        if index == 2:
+            raise UserError("images/3.jpg: is cut off; mend it")
+        return 1.0, index
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_bad_sample_is_told_in_one_line_also_by_a_worker(num_workers: int) -> None:
+    dealt = GlobalBatches(4, 2).deal()
+    with pytest.raises(UserError) as raised:
+        list(load_batches(Unreadable(), dealt, torch.device("cpu"), num_workers))
+    assert str(raised.value) == "images/3.jpg: is cut off; mend it"
+
+
+@given(num_samples=st.integers(1, 40), batch_size=st.integers(1, 12))
+def test_only_full_batches_leave_out_the_rest_of_an_epoch(num_samples: int, batch_size: int) -> None:
+    batches = GlobalBatches(num_samples, batch_size, seed=1, only_full=True)
+    dealt = list(batches.deal())
+    assert len(dealt) == batches.steps_per_epoch == num_samples // batch_size
+    assert all(len(indices) == batch_size == num_global for indices, _, num_global in dealt)
+    assert dealt == list(GlobalBatches(num_samples, batch_size, seed=1).deal())[: len(dealt)]

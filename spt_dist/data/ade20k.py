@@ -1,0 +1,113 @@
+"""ADE20K (Zhou et al. 2017), as the scene parsing challenge of 2016 has it: 150 classes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from spt_dist.data.ade20k_layout import NUM_CLASSES, SPLITS
+from spt_dist.data.task import SEGMENTATION, Task
+from spt_dist.errors import UserError
+
+CHECK = "python launch/prepare_data.py ade20k --check"
+
+
+def build_ade20k(
+    root: str,
+    crop_size: Sequence[int] = (512, 512),
+    scale: Sequence[int] = (2048, 512),
+    num_workers: int = 4,
+    mean: Sequence[float] = (123.675, 116.28, 103.53),
+    std: Sequence[float] = (58.395, 57.12, 57.375),
+    train_pipeline: Sequence[dict[str, Any]] | None = None,
+    skip_bad_samples: bool = False,
+    seed: int = 0,
+) -> Task:
+    """ADE20K, or a data set of the same layout and classes, as a segmentation task.
+
+    Args:
+        root: the folder that has ``images`` and ``annotations``.
+        crop_size: height and width of a training sample.
+        scale: most pixels of the longer and of the shorter edge of an image; training makes it half to twice as large.
+        num_workers: processes of each rank that prepare samples, beside the rank's own; 0 for none.
+        mean, std: of red, green and blue, in grey levels from 0 to 255.
+        train_pipeline: mmseg's transforms from the files to the crop, instead of those that SETR was published with.
+            Normalisation and filling up to ``crop_size`` follow; a ``PackSegInputs`` among them is left out.
+        skip_bad_samples: leave out samples whose files are not what they should be, instead of ending where one is
+            met. All files are read for that before anything else, by all ranks together.
+        seed: of the random transforms.
+
+    Returns:
+        a task of ``SegmentationSet``.
+
+    Raises:
+        UserError: the extra is not installed; a folder or a file of a pair is missing; no sample is left; an argument
+            is out of range.
+    """
+    require_extra("data.type='ade20k'")
+    from spt_dist.data.ade20k_files import open_split, without_bad_samples
+    from spt_dist.data.segmentation_set import Preparation, SegmentationSet
+
+    if num_workers < 0:
+        raise UserError(f"config: data.num_workers={num_workers} has to be 0 or more")
+    if seed < 0:
+        raise UserError(f"config: data.seed={seed} has to be 0 or more")
+    crop = _two_edges("crop_size", crop_size)
+    edges = _two_edges("scale", scale)
+    pipeline = setr_pipeline(crop, edges) if train_pipeline is None else train_pipeline
+    for place, config in enumerate(pipeline):
+        if not isinstance(config, dict):
+            raise UserError(f"config: data.train_pipeline[{place}]={config!r} has to be a dict")
+    preparation = Preparation(
+        crop_size=crop,
+        scale=edges,
+        mean=_three_channels("mean", mean, -float("inf")),
+        std=_three_channels("std", std, 0.0),
+        pipeline=tuple(dict(config) for config in pipeline if config.get("type") != "PackSegInputs"),
+        seed=seed,
+        advice=f"mend it, or leave such samples out (--skip-bad-samples, data.skip_bad_samples=True); `{CHECK} {root}` lists them all",
+    )
+    splits = [open_split(root, split) for split in SPLITS]
+    if skip_bad_samples:
+        samples = [without_bad_samples(split, max(1, num_workers)) for split in splits]
+    else:
+        for split in splits:
+            split.require_pairs(preparation.advice)
+        samples = [split.samples for split in splits]
+    train, val = (SegmentationSet(part, preparation) for part in samples)
+    return Task(train, val, len(train), len(val), NUM_CLASSES, kind=SEGMENTATION, num_workers=num_workers)
+
+
+def require_extra(what: str) -> None:
+    """Import what the extra ``segmentation`` brings.
+
+    Raises:
+        UserError: it is not installed; ``what`` needs it.
+    """
+    try:
+        import mmseg.datasets  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UserError(f"{what} needs {error.name}: pip install 'spt_dist[segmentation]'") from error
+
+
+def setr_pipeline(crop_size: tuple[int, int], scale: tuple[int, int]) -> list[dict[str, Any]]:
+    """The transforms that SETR was trained with on ADE20K."""
+    return [
+        {"type": "LoadImageFromFile"},
+        {"type": "LoadAnnotations"},
+        {"type": "RandomResize", "scale": scale, "ratio_range": (0.5, 2.0), "keep_ratio": True},
+        {"type": "RandomCrop", "crop_size": crop_size, "cat_max_ratio": 0.75},
+        {"type": "RandomFlip", "prob": 0.5},
+        {"type": "PhotoMetricDistortion"},
+    ]
+
+
+def _two_edges(name: str, value: Sequence[int]) -> tuple[int, int]:
+    if isinstance(value, str) or len(value) != 2 or not all(type(edge) is int and edge > 0 for edge in value):
+        raise UserError(f"config: data.{name}={value!r} has to be two integers above 0")
+    return value[0], value[1]
+
+
+def _three_channels(name: str, value: Sequence[float], above: float) -> tuple[float, ...]:
+    is_number = not isinstance(value, str) and all(type(number) in (int, float) for number in value)
+    if not is_number or len(value) != 3 or not all(above < number < float("inf") for number in value):
+        raise UserError(f"config: data.{name}={value!r} has to be three numbers{' above 0' if above == 0 else ''}")
+    return tuple(float(number) for number in value)

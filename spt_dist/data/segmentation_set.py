@@ -1,0 +1,226 @@
+"""Images with masks as samples for training and evaluation, by way of mmseg's transforms.
+
+Shape suffixes: C channels (red, green, blue), H rows, W columns. Arrays of mmseg's are HWC, and blue comes first.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from mmseg.datasets import BaseSegDataset
+from mmseg.registry import TRANSFORMS
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset, get_worker_info
+
+from spt_dist.data.pairs import BadSampleError, Pair, check_size, read_mask
+from spt_dist.errors import UserError
+
+IGNORED: Final = 255
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How images become samples.
+
+    Attributes:
+        crop_size: height and width of a training sample; what is smaller is filled up to it.
+        scale: most pixels of the longer and of the shorter edge of an image that is seen whole.
+        mean, std: of red, green and blue, in grey levels.
+        pipeline: configs of mmseg's transforms, from the files to the crop.
+        seed: of the random transforms.
+        advice: what can be done about a bad sample, for its error.
+    """
+
+    crop_size: tuple[int, int]
+    scale: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pipeline: tuple[dict[str, Any], ...]
+    seed: int
+    advice: str
+
+
+class SegmentationSet(Dataset[Any]):
+    """Images with masks. Not itself indexed: ``at_epoch`` and ``views`` are.
+
+    Labels are int64: a class, or 255 where a pixel counts for none.
+
+    Args:
+        samples: mmseg's data set: where the files are, and what the classes are.
+        preparation: how images become samples.
+
+    Raises:
+        UserError: mmseg can't build the pipeline.
+    """
+
+    def __init__(self, samples: BaseSegDataset, preparation: Preparation) -> None:
+        self._samples, self._preparation = samples, preparation
+        self._random = [
+            build_transform(config, f"data.train_pipeline[{place}]")
+            for place, config in enumerate(preparation.pipeline)
+        ]
+        self._loading = [build_transform({"type": name}, name) for name in ("LoadImageFromFile", "LoadAnnotations")]
+        self._mean_C11 = torch.tensor(preparation.mean).view(-1, 1, 1)
+        self._std_C11 = torch.tensor(preparation.std).view(-1, 1, 1)
+        self.classes: tuple[str, ...] = tuple(samples.metainfo["classes"])
+        self.palette: list[list[int]] = [list(colour) for colour in samples.metainfo["palette"]]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def paths(self, index: int) -> Pair:
+        """Image file and mask file of a sample."""
+        info = self._samples.get_data_info(index)
+        return info["img_path"], info["seg_map_path"]
+
+    def at_epoch(self, epoch: int) -> "Crops":
+        """The samples of an epoch, through the random pipeline."""
+        return Crops(self, epoch)
+
+    def views(self, scales: Sequence[float]) -> "Views":
+        """The whole images, each as large as ``scales`` times ``Preparation.scale`` allows, its shape kept."""
+        return Views(self, scales)
+
+    def picture(self, index: int) -> npt.NDArray[np.uint8]:
+        """The image as it is in the file: RGB uint8 ``(H, W, 3)``."""
+        image_HWC: npt.NDArray[np.uint8] = self._load(index, self._loading)["img"]
+        return np.ascontiguousarray(image_HWC[..., ::-1])
+
+    def crop(self, index: int, epoch: int) -> tuple[Tensor, Tensor]:
+        """One item of ``at_epoch(epoch)``."""
+        preparation = self._preparation
+        with _random_state(preparation.seed, epoch, index):
+            results = self._load(index, self._random)
+        label_HW = torch.from_numpy(results["gt_seg_map"].astype(np.int64))
+        missing = [wanted - size for wanted, size in zip(preparation.crop_size, label_HW.shape, strict=True)]
+        if min(missing) < 0:
+            raise UserError(
+                f"config: data.train_pipeline leaves {tuple(label_HW.shape)} pixels of {self.paths(index)[0]}, more "
+                f"than data.crop_size={preparation.crop_size}; add a RandomCrop to it"
+            )
+        # Only now, so that what is filled in is neither shade nor colour: 0 is the mean.
+        padding = (0, missing[1], 0, missing[0])
+        return F.pad(self._normalised(results["img"]), padding), F.pad(label_HW, padding, value=IGNORED)
+
+    def whole(self, index: int, resizes: Sequence[Any]) -> tuple[list[Tensor], Tensor]:
+        """One item of ``views``.
+
+        Args:
+            index: the sample.
+            resizes: transforms, each of which makes one view.
+        """
+        results = self._load(index, self._loading)
+        images = [resize({"img": results["img"]})["img"] for resize in resizes]
+        return [self._normalised(image_HWC) for image_HWC in images], torch.from_numpy(
+            results["gt_seg_map"].astype(np.int64)
+        )
+
+    def scaled_by(self, ratio: float) -> Any:
+        """The transform that makes the view of a scale."""
+        edges = tuple(int(edge * ratio + 0.5) for edge in self._preparation.scale)
+        return build_transform({"type": "Resize", "scale": edges, "keep_ratio": True}, "Resize")
+
+    def _load(self, index: int, transforms: Sequence[Any]) -> dict[str, Any]:
+        """A sample's files, checked and taken through the transforms."""
+        if get_worker_info() is not None:
+            # Each worker is one of several, and OpenCV would start threads for all cores in each.
+            cv2.setNumThreads(0)
+        results = info = self._samples.get_data_info(index)
+        pair = info["img_path"], info["seg_map_path"]
+        try:
+            mask_HW = read_mask(pair, len(self.classes))
+            for transform in transforms:
+                results = transform(results)
+                # Before a crop of both hides that they don't fit.
+                check_size(pair, results.get("ori_shape", mask_HW.shape), mask_HW.shape)
+        except BadSampleError as error:
+            raise UserError(f"{error}; {self._preparation.advice}") from error
+        except (AssertionError, cv2.error) as error:
+            if "img" in info:
+                raise
+            raise UserError(f"{pair[0]}: can't be decoded; {self._preparation.advice}") from error
+        return results
+
+    def _normalised(self, image_HWC: npt.NDArray[Any]) -> Tensor:
+        image_CHW = torch.from_numpy(np.ascontiguousarray(image_HWC[..., ::-1].transpose(2, 0, 1))).float()
+        return (image_CHW - self._mean_C11) / self._std_C11
+
+
+class Crops(Dataset[Any]):
+    """The training samples of one epoch.
+
+    An item is an image, fp32 ``(3, H, W)``, and its label, int64 ``(H, W)``, of the size of a crop. It depends on seed,
+    epoch and index alone, and making it leaves the random numbers of the process as they were.
+
+    Raises:
+        UserError: for an item whose files are not what they should be.
+    """
+
+    def __init__(self, samples: SegmentationSet, epoch: int) -> None:
+        self._samples, self._epoch = samples, epoch
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self._samples.crop(index, self._epoch)
+
+
+class Views(Dataset[Any]):
+    """Whole images at several scales.
+
+    An item is a list of images, fp32 ``(3, H, W)``, one for each scale, and the label at its original size, int64
+    ``(H, W)``.
+
+    Raises:
+        UserError: for an item whose files are not what they should be.
+    """
+
+    def __init__(self, samples: SegmentationSet, scales: Sequence[float]) -> None:
+        self._samples = samples
+        self._resizes = [samples.scaled_by(ratio) for ratio in scales]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[list[Tensor], Tensor]:
+        return self._samples.whole(index, self._resizes)
+
+
+def build_transform(config: dict[str, Any], name: str) -> Any:
+    """Build one of mmseg's transforms.
+
+    Args:
+        config: ``type`` and arguments.
+        name: what the config calls it, for the error.
+
+    Raises:
+        UserError: there is no such transform, or it does not take these arguments.
+    """
+    try:
+        # mmcv's transforms build others by name, and have to find mmseg's.
+        return TRANSFORMS.build({"_scope_": "mmseg", **config})
+    # Each transform checks its arguments in its own way, most by `assert`.
+    except Exception as error:
+        raise UserError(f"config: {name}={config}: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _random_state(*key: int) -> Iterator[None]:
+    """For the length of the block the random numbers that mmseg's transforms draw follow from ``key`` alone."""
+    states = np.random.get_state(), random.getstate()
+    seed = np.random.SeedSequence(key).generate_state(4)
+    np.random.seed(seed)
+    random.seed(seed.tobytes())
+    try:
+        yield
+    finally:
+        np.random.set_state(states[0])
+        random.setstate(states[1])
