@@ -63,7 +63,7 @@ def build_ade20k(
         std=_three_channels("std", std, 0.0),
         pipeline=tuple(dict(config) for config in pipeline if config.get("type") != "PackSegInputs"),
         seed=seed,
-        advice=f"mend it, or leave such samples out (--skip-bad-samples, data.skip_bad_samples=True); `{CHECK} {root}` lists them all",
+        advice=f"mend it, or leave such samples out (--skip-bad-samples); `{CHECK} {root}` lists them all",
     )
     splits = [open_split(root, split) for split in SPLITS]
     if skip_bad_samples:

@@ -1,0 +1,1 @@
+_base_ = ["_scenes.py", "../_base_/methods/full.py"]

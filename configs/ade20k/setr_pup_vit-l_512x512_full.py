@@ -1,0 +1,1 @@
+_base_ = ["_setr_pup_vit-l_512x512.py", "../_base_/methods/full.py"]
