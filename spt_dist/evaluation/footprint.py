@@ -35,6 +35,7 @@ class Weights:
         root: bytes of its last unit, what lies outside the blocks, which stays gathered meanwhile.
         sizes: number of weights in each parameter of the backbone and its head.
         trains_all: whether the whole backbone is trained.
+        moments: numbers that the optimizer remembers of each trained one.
     """
 
     frozen: int
@@ -44,6 +45,7 @@ class Weights:
     root: int
     sizes: tuple[int, ...]
     trains_all: bool
+    moments: int = 2
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Share:
         frozen, trained: its weights.
         gathered: other ranks' weights that it borrows in a pass.
         gradients: once the backward pass is over.
-        optimizer: AdamW's two moments, and fp32 copies of the weights where the engine makes them.
+        optimizer: its moments, and fp32 copies of the weights where the engine makes them.
         buckets: room for gradients on their way to other ranks in the backward pass.
         at_step: temporary tensors of the step: AdamW's own, and flattened gradients.
         host: bytes in the CPU's memory.
@@ -116,7 +118,7 @@ def share_out(weights: Weights, engine: EngineConfig, world_size: int) -> Share:
         trained=trained,
         gathered=0,
         gradients=trained,
-        optimizer=2 * trained,
+        optimizer=weights.moments * trained,
         # DistributedDataParallel's buckets, or the flattened gradients of DeepSpeed's stage 0.
         buckets=trained if world_size > 1 else 0,
         at_step=trained,
@@ -177,7 +179,7 @@ def _fsdp(weights: Weights, shard_size: int, world_size: int) -> Share:
             trained=trained,
             gathered=gathered,
             gradients=trained,
-            optimizer=2 * trained,
+            optimizer=weights.moments * trained,
             buckets=0,
             # The gradients flattened, and divided by the number of ranks; AdamW's one copy comes later.
             at_step=2 * trained if world_size > 1 else trained,
@@ -188,7 +190,7 @@ def _fsdp(weights: Weights, shard_size: int, world_size: int) -> Share:
         trained=own,
         gathered=gathered,
         gradients=own,
-        optimizer=2 * own,
+        optimizer=weights.moments * own,
         # A unit's whole gradients, and the buffer from which they are reduced.
         buckets=2 * max(weights.units, default=weights.root) if shard_size > 1 else 0,
         at_step=own,
@@ -202,7 +204,7 @@ def _zero(weights: Weights, settings: Mapping[str, Any], engine: EngineConfig, w
     trained, own = FP32 * weights.trained, _part(FP32 * weights.trained, world_size)
     # Stages 1 and 2 step an fp32 copy of the rank's part, stage 3 the part itself, unless that is in the CPU's memory.
     copies = own if stage < 3 or engine.offload else 0
-    state = 2 * own + copies
+    state = weights.moments * own + copies
     frozen, gradients = weights.frozen, trained if stage == 1 else own
     if stage == 3:
         frozen, trained = _part(frozen, world_size), own

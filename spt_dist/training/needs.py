@@ -21,6 +21,7 @@ from spt_dist.models.checkpoints import WeightsFile, resolve_checkpoint
 from spt_dist.models.classifier import create_model
 from spt_dist.models.matrices import Inventory, take_inventory
 from spt_dist.models.precision import shorten_frozen
+from spt_dist.parallel.engines.optimizers import optimizer_settings
 from spt_dist.tables import format_table
 from spt_dist.tuning.methods import make_plan
 
@@ -86,7 +87,8 @@ class RunNeeds:
             buffers = bytes_of(self._rehearsal.model.buffers())
         else:
             buffers = weights.buffers + _BYTES_OF_PLACE * self.trainables.count
-        weights = replace(weights, buffers=buffers)
+        moments = len(optimizer_settings(config.train).moments)
+        weights = replace(weights, buffers=buffers, moments=moments)
         self.share = share_out(weights, config.engine, world_size)
 
     def rehearse(self, num_samples: int) -> PassMemory:

@@ -25,7 +25,8 @@ from spt_dist.models.matrices import head_buffers
 from spt_dist.models.sharded import whole_shape
 from spt_dist.parallel.backbone import ZERO3, Backbone, build_backbone, training_form
 from spt_dist.parallel.checkpoints import Checkpoint, find_checkpoint
-from spt_dist.parallel.engines import OptimizerSettings, build_engine, check_engine
+from spt_dist.parallel.engines import build_engine, check_engine
+from spt_dist.parallel.engines.optimizers import optimizer_settings
 from spt_dist.parallel.launch import local_device
 from spt_dist.parallel.signals import StopSignals
 from spt_dist.training.curves import check_backends
@@ -227,17 +228,7 @@ def _train(
     stop: StopSignals | None,
 ) -> tuple[Trainer, dict[str, float]]:
     """Stage 2: the trainer behind its last step, and the final evaluation. Collective."""
-    train = config.train
-    settings = OptimizerSettings(
-        lr=train.lr,
-        weight_decay=train.weight_decay,
-        clip_norm=train.clip_norm,
-        accumulation=train.accumulation,
-        optimizer=train.optimizer,
-        momentum=train.momentum,
-        separate_head=train.head_lr_mult != 1,
-    )
-    engine = build_engine(config.engine, tuned, settings, local_device())
+    engine = build_engine(config.engine, tuned, optimizer_settings(config.train), local_device())
     trainer = Trainer(engine, task, config, local_device(), report, stop)
     if checkpoint is not None:
         trainer.resume(checkpoint)

@@ -420,7 +420,7 @@ def test_bad_sample_is_named_where_it_is_read(root: Path, case: str) -> None:
         task.train.views([1.0])[1]
     for error in (crop, view):
         assert str(path) in str(error.value)
-        assert f"skip_bad_samples=True; `python launch/prepare_data.py ade20k --check {root}`" in str(error.value)
+        assert f"(--skip-bad-samples); `python launch/prepare_data.py ade20k --check {root}`" in str(error.value)
         assert "\n" not in str(error.value)
     # The others are there.
     assert task.train.at_epoch(0)[0][0].shape == (3, *CROP)

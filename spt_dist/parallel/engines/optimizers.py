@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from spt_dist.allocation.plan import Plan
+from spt_dist.config import TrainConfig
 from spt_dist.models.sharded import whole_shape
 from spt_dist.tuning.inject import trainable_parameters
 
@@ -39,6 +40,19 @@ class OptimizerSettings:
     def moments(self) -> tuple[str, ...]:
         """What the optimizer remembers of a parameter."""
         return () if self.optimizer == "sgd" and self.momentum == 0 else MOMENTS[self.optimizer]
+
+
+def optimizer_settings(train: TrainConfig) -> OptimizerSettings:
+    """What a config says about the optimizer."""
+    return OptimizerSettings(
+        lr=train.lr,
+        weight_decay=train.weight_decay,
+        clip_norm=train.clip_norm,
+        accumulation=train.accumulation,
+        optimizer=train.optimizer,
+        momentum=train.momentum,
+        separate_head=train.head_lr_mult != 1,
+    )
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
