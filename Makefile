@@ -14,19 +14,25 @@ COUNT_RANKS := import torch; print(torch.cuda.device_count() or 2)
 COUNT_THREADS := import os, sys; print(max(1, len(os.sched_getaffinity(0)) // int(sys.argv[1])))
 
 QUICKSTART := digits_linear digits_lora digits_full digits_spt_lora
+SEGMENTATION := scenes_linear scenes_lora scenes_spt_lora
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint typecheck format lock clean bench
+# How many processes, and the threads of each, for the recipes below.
+define SET_RANKS
+set -e; export $(WITH_ENV); \
+ranks=$${SPT_RANKS:-$$(python -c "$(COUNT_RANKS)")}; \
+export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(python -c "$(COUNT_THREADS)" "$$ranks")}
+endef
+
+.PHONY: help quickstart segmentation test lint typecheck format lock clean bench
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo "Variables: PYTHON=python3.12 (which Python makes .venv), SPT_RANKS=4 (processes of the quickstart),"
 	@echo "           DEEPSPEED_FLAGS='--master_port 29501'"
 
 quickstart: .venv/.installed ## install, train four small models, merge one and print the comparison
-	@set -e; export $(WITH_ENV); \
-	ranks=$${SPT_RANKS:-$$(python -c "$(COUNT_RANKS)")}; \
-	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(python -c "$(COUNT_THREADS)" "$$ranks")}; \
+	@$(SET_RANKS); \
 	for name in $(QUICKSTART); do \
 	    echo "== $$name on $$ranks ranks"; \
 	    deepspeed --quiet --num_accelerators "$$ranks" $(DEEPSPEED_FLAGS) launch/train.py "configs/quickstart/$$name.py"; \
@@ -35,6 +41,17 @@ quickstart: .venv/.installed ## install, train four small models, merge one and 
 	    --config configs/quickstart/digits_spt_lora.py --out work_dirs/digits_spt_lora/merged.safetensors; \
 	python launch/report.py work_dirs/digits_linear work_dirs/digits_lora work_dirs/digits_spt_lora \
 	    work_dirs/digits_full --out work_dirs/quickstart
+
+segmentation: .venv/.installed ## draw scenes in ADE20K's layout, train a small SETR on them in three ways, evaluate and draw
+	@$(SET_RANKS); \
+	test -d data/scenes || python launch/prepare_data.py ade20k --make-scenes data/scenes; \
+	for name in $(SEGMENTATION); do \
+	    echo "== $$name on $$ranks ranks"; \
+	    deepspeed --quiet --num_accelerators "$$ranks" $(DEEPSPEED_FLAGS) launch/train.py "configs/ade20k/$$name.py"; \
+	done; \
+	deepspeed --quiet --num_accelerators "$$ranks" $(DEEPSPEED_FLAGS) launch/evaluate.py \
+	    configs/ade20k/scenes_spt_lora.py --task work_dirs/scenes_spt_lora/task.safetensors --multi-scale --visualize 8; \
+	python launch/report.py $(addprefix work_dirs/,$(SEGMENTATION)) --out work_dirs/segmentation
 
 test: lint typecheck ## lint, type check and every test
 	$(WITH_ENV) $(BIN)/python -m pytest

@@ -6,13 +6,13 @@ _base_ = [
 ]
 data = dict(type="ade20k", root="data/scenes", crop_size=(64, 64), scale=(192, 96), num_workers=0)
 sensitivity = dict(num_samples=200, batch_size=8)
-# SGD would need many more steps to move so small a budget.
+# SGD would need many more steps to move so small a budget. Intervals are in steps.
 train = dict(
     epochs=None,
-    iterations=300,
+    iterations=400,
     batch_size=16,
-    lr=5e-3,
+    lr=1e-2,
     warmup_epochs=20,
-    eval_interval=150,
-    checkpoint_interval=150,
+    eval_interval=200,
+    checkpoint_interval=200,
 )

@@ -1,11 +1,12 @@
-# A small SETR-PUP on the ViT that ships with spt_dist, for a CPU.
+# A small SETR-PUP on the ViT that ships with spt_dist, for a CPU. Its convolutions don't look around, so that what a
+# texture is has to come from the backbone.
 head = dict(
     type="SETRUPHead",
     in_channels=96,
     channels=32,
     dropout_ratio=0,
     norm_cfg=dict(type="SyncBN", requires_grad=True),
-    kernel_size=3,
+    kernel_size=1,
     align_corners=False,
 )
 auxiliary = dict(num_convs=1, loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=0.4))

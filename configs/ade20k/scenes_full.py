@@ -1,1 +1,0 @@
-_base_ = ["_scenes.py", "../_base_/methods/full.py"]
