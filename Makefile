@@ -28,7 +28,7 @@ endef
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
-	@echo "Variables: PYTHON=python3.12 (which Python makes .venv), SPT_RANKS=4 (processes of the quickstart),"
+	@echo "Variables: PYTHON=python3.12 (which Python makes .venv), SPT_RANKS=4 (processes of quickstart and segmentation),"
 	@echo "           DEEPSPEED_FLAGS='--master_port 29501'"
 
 quickstart: .venv/.installed ## install, train four small models, merge one and print the comparison

@@ -97,7 +97,8 @@ class Segmentor(EncoderDecoder):
                         continue
                     prefix = f"{name}.{place}." if isinstance(settings, list) else f"{name}."
                     module = MODELS.build(copy.deepcopy(one))
-                    module.init_weights()
+                    if hasattr(module, "init_weights"):
+                        module.init_weights()
                     values |= {prefix + key: value for key, value in module.state_dict().items()}
         return values
 
@@ -118,6 +119,7 @@ def create_segmentor(num_classes: int, settings: dict[str, Any]) -> Segmentor:
         UserError: mmseg refuses an argument, or a head has another number of classes.
     """
     settings = copy.deepcopy(settings)
+    _check_backbone(settings.get("backbone") or {})
     for key, instead in (("data_preprocessor", "data.mean and data.std"), ("pretrained", "model.checkpoint")):
         if settings.get(key) is not None:
             raise UserError(f"config: model.kwargs.{key}: is not taken from there; use {instead}")
@@ -132,9 +134,22 @@ def create_segmentor(num_classes: int, settings: dict[str, Any]) -> Segmentor:
     try:
         with _quiet():
             return Segmentor(**settings)
+    except UserError:
+        raise
     # mmseg checks its arguments with whatever is at hand.
     except (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError) as error:
         raise UserError(f"config: model.kwargs: mmseg does not take them ({error})") from error
+
+
+def _check_backbone(backbone: dict[str, Any]) -> None:
+    if str(backbone.get("type")).rpartition(".")[2] == "VisionTransformer":
+        raise UserError(
+            "config: model.kwargs.backbone.type='VisionTransformer': mmseg's own never calls the layers whose weights "
+            "its attention uses, so that these can't be tuned; 'TimmVisionTransformer' takes the same arguments"
+        )
+    for key in ("pretrained", "init_cfg"):
+        if backbone.get(key) is not None:
+            raise UserError(f"config: model.kwargs.backbone.{key}: is not taken from there; use model.checkpoint")
 
 
 def _check_test_cfg(test_cfg: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from spt_dist.files import save_tensors, write_atomically
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 # Under these keys timm, DeiT, MAE, DeepSpeed and the OpenMMLab libraries keep the weights.
 _STATE_KEYS = ("state_dict", "model", "module")
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64"}
 _REFUSED = re.compile(r"GLOBAL ([\w.]+)")
 
 
@@ -28,6 +29,9 @@ class StoredWeights(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, which is not read."""
+
+    def dtype(self, name: str) -> str:
+        """What its numbers are, in safetensors' words (``F32``)."""
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in memory of its own."""
@@ -77,6 +81,10 @@ class _SafetensorsWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._file.get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        found: str = self._file.get_slice(name).get_dtype()
+        return found
+
     def read(self, name: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
@@ -95,6 +103,9 @@ class _TorchWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._state[name].shape)
+
+    def dtype(self, name: str) -> str:
+        return _DTYPES.get(self._state[name].dtype, str(self._state[name].dtype))
 
     def read(self, name: str) -> Tensor:
         # What the file is mapped to would change with the file.

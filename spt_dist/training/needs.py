@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from spt_dist.allocation.bound import densest_plan, most_trained
@@ -21,6 +20,7 @@ from spt_dist.models.checkpoints import WeightsFile, resolve_checkpoint
 from spt_dist.models.classifier import create_model
 from spt_dist.models.matrices import Inventory, take_inventory
 from spt_dist.models.precision import shorten_frozen
+from spt_dist.models.weight_files import open_weights
 from spt_dist.parallel.engines.optimizers import optimizer_settings
 from spt_dist.tables import format_table
 from spt_dist.tuning.methods import make_plan
@@ -236,6 +236,6 @@ def _read_header(location: str, model: nn.Module) -> CheckpointHeader:
     except UserError:
         return CheckpointHeader(location, None, ())
     WeightsFile(location).check(model)
-    with safe_open(path, framework="pt") as file:
-        dtypes = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    file = open_weights(path)
+    dtypes = {file.dtype(name) for name in file.names()}
     return CheckpointHeader(location, path.stat().st_size, tuple(sorted(dtypes)))

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +130,6 @@ class Trainer:
                         self.save(monitor, best, is_needed=must_stop)
                     if must_stop:
                         raise self.stop.stopped(step)
-                    if step == table.total_steps:
-                        break
             self.speed = monitor.summary()
         # A run that is resumed after its last step has nothing left to train.
         return scores or self.evaluate()
@@ -250,10 +248,12 @@ class Trainer:
         return score if self.config.train.save_best and (best is None or score > best) else None
 
     def _load(self, epoch: int) -> Iterator[Batch]:
-        """The rest of an epoch's batches."""
+        """The rest of an epoch's batches, or of the run's."""
         self.engine.module.train()
-        dealt = self.batches.deal(epoch, self.progress.num_steps % self.batches.steps_per_epoch)
-        self.report(self.progress.num_steps, "loading data")
+        num_steps, table = self.progress.num_steps, self.timetable
+        rest = self.batches.deal(epoch, num_steps % table.steps_per_epoch)
+        dealt = islice(rest, table.total_steps - num_steps)
+        self.report(num_steps, "loading data")
         for batch in load_batches(self.task.train_at(epoch), dealt, self.device, self.task.num_workers):
             yield batch
             self.report(self.progress.num_steps, "loading data")
@@ -279,7 +279,7 @@ def run_identity(config: RunConfig, task: Task) -> RunIdentity:
         seed=config.seed,
         batch_size=train.batch_size,
         num_train=task.num_train,
-        data=config.data,
+        data={key: value for key, value in config.data.items() if key not in ("root", "num_workers")},
         model={"name": model.name, "num_classes": model.num_classes, "kwargs": model.kwargs},
         method={key: value for key, value in config.method.items() if key != "path"},
         schedule={

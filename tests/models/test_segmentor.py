@@ -146,11 +146,29 @@ def test_a_task_file_holds_the_running_means_of_the_head(tmp_path: Path) -> None
         ({"decode_head": SETTINGS["decode_head"] | {"out_channels": 1, "threshold": 0.3}}, "out_channels"),
         ({"decode_head": SETTINGS["decode_head"] | {"sampler": {"type": "OHEMPixelSampler"}}}, "has a sampler"),
         ({"backbon": {}}, "backbon"),
+        ({"backbone": {"type": "mmseg.VisionTransformer"}}, "'TimmVisionTransformer' takes the same arguments"),
+        ({"backbone": SETTINGS["backbone"] | {"pretrained": "x.pth"}}, "backbone.pretrained: .*use model.checkpoint"),
+        ({"backbone": SETTINGS["backbone"] | {"init_cfg": {"type": "Pretrained"}}}, "backbone.init_cfg: .*checkpoint"),
     ],
 )
 def test_what_mmseg_or_the_engines_would_refuse_later_is_refused_now(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as raised:
         make_segmentor(**changes)
+    assert str(raised.value).count("config: ") == 1
+
+
+def test_mlas_neck_is_part_of_the_head() -> None:
+    neck = {"type": "MLANeck", "in_channels": [24] * 4, "out_channels": 8, "norm_cfg": {"type": "SyncBN"}}
+    head = {"type": "SETRMLAHead", "in_channels": [8] * 4, "channels": 16, "in_index": (0, 1, 2, 3), "mla_channels": 4}
+    head |= {"norm_cfg": {"type": "SyncBN"}, "dropout_ratio": 0, "align_corners": False}
+    backbone = SETTINGS["backbone"] | {"num_layers": 4, "out_indices": (0, 1, 2, 3)}
+    model = make_segmentor(backbone=backbone, neck=neck, decode_head=head, auxiliary_head=None).eval()
+    inventory = take_inventory(model)
+    assert {name.split(".")[0] for name in inventory.head} == {"neck", "decode_head"}
+    assert {name.split(".")[0] for name in head_buffers(model)} == {"neck", "decode_head"}
+    images_BCHW, labels_BHW = make_batch()
+    losses_B = sample_losses(model)(model(images_BCHW), labels_BHW)
+    torch.testing.assert_close(losses_B.mean(), mmseg_loss(model, images_BCHW, labels_BHW))
 
 
 def test_without_mmseg_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

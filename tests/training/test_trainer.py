@@ -116,3 +116,23 @@ def test_the_best_counts_from_when_it_is_saved(tmp_path: Path) -> None:
     trainer = run(tmp_path, (0.9, 0.2, 0.3, 0.1))
     assert (trainer.progress.best_score, trainer.progress.best_step) == (0.3, 9)
     assert torch.isfinite(latest(tmp_path).state["param/head.weight"]).all()
+
+
+@pytest.mark.parametrize("stop_before", [None, 3, 6])
+def test_a_run_in_steps_ends_in_the_middle_of_an_epoch_and_stays_there(tmp_path: Path, stop_before: int | None) -> None:
+    """Two full batches an epoch; evaluated every four steps; resumed after its end nothing is left."""
+    options = {"epochs": None, "iterations": 7, "eval_interval": 4, "checkpoint_interval": 3}
+    if stop_before is not None:
+        with pytest.raises(Stopped):
+            run(tmp_path, (0.5,) * 9, stop_before, **options)
+    for _ in range(2):
+        trainer = run(tmp_path, (0.5,) * 9, **options)
+        lines = read_metrics(tmp_path / "metrics.jsonl")
+        assert [(line["step"], line["epoch"]) for line in lines if "loss" in line] == [
+            (n + 1, n // 2) for n in range(7)
+        ]
+        assert [line["step"] for line in lines if "top1" in line] == [4, 7]
+        assert trainer.progress.num_steps == latest(tmp_path).progress.num_steps == 7
+        assert lines[-2]["lr"] == pytest.approx(trainer.config.train.min_lr)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert kept[-1] == "step-00000007.safetensors"
