@@ -4,7 +4,7 @@ from pathlib import Path
 
 from _cli import describe, make_parser, run
 from spt_dist import UserError
-from spt_dist.models.mmseg_names import MMSEG, TIMM, naming_of, to_mmseg, to_timm
+from spt_dist.models.mmseg_names import MMSEG, TIMM, check_whole, naming_of, to_mmseg, to_timm
 from spt_dist.models.weight_files import open_weights, write_weights
 
 EXAMPLE = "python launch/convert.py vit_large_patch16_384.safetensors pretrain/vit_large_p16.pth --to mmseg"
@@ -21,9 +21,11 @@ def main() -> None:
     naming = naming_of(state)
     if naming is None:
         raise UserError(f"{arguments.source}: no plain ViT under timm's or mmseg's names; first: {sorted(state)[:1]}")
+    under_timm = to_timm(state) if naming == MMSEG else state
+    check_whole(under_timm)
     wanted = arguments.to or (MMSEG if naming == TIMM else TIMM)
     if wanted != naming:
-        state = to_mmseg(state) if wanted == MMSEG else to_timm(state)
+        state = to_mmseg(state) if wanted == MMSEG else under_timm
     path = write_weights(arguments.target, state)
     describe({"weights": path, "names": f"{wanted} (were {naming})", "tensors": len(state)})
 

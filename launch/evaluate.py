@@ -9,7 +9,7 @@ from _cli import add_config_options, add_data_options, describe, make_parser, re
 from spt_dist import UserError, load_delta
 from spt_dist.data.task import SEGMENTATION, Task
 from spt_dist.data.tasks import build_task
-from spt_dist.evaluation.scores import METRIC_LABELS, evaluate
+from spt_dist.evaluation.scores import METRIC_LABELS, MULTI_SCALES, evaluate
 from spt_dist.models.checkpoints import load_merged
 from spt_dist.parallel.launch import local_device, process_group
 from spt_dist.training.scoring import build_model
@@ -30,7 +30,10 @@ def main() -> None:
         "--multi-scale", action="store_true", help="segmentation: also in six sizes, each mirrored too (mIoU m.s.)"
     )
     parser.add_argument(
-        "--visualize", type=int, metavar="N", help="segmentation: pictures of N images, with labels and predictions"
+        "--visualize",
+        type=int,
+        metavar="N",
+        help="segmentation: pictures of N images with labels and predictions",
     )
     parser.add_argument("--out", metavar="FOLDER", help="for the pictures (default: panels beside FILE)")
     arguments = parser.parse_args()
@@ -53,7 +56,9 @@ def main() -> None:
             from spt_dist.evaluation.panels import write_panels
 
             folder = Path(arguments.out or Path(arguments.task or arguments.merged).parent / "panels")
-            pictures = write_panels(model, model, task, device, folder, arguments.visualize)
+            scales = MULTI_SCALES if arguments.multi_scale else (1.0,)
+            count, flip = arguments.visualize, arguments.multi_scale
+            pictures = write_panels(model, model, task, device, folder, count, scales, flip)
             found |= {"pictures": f"{len(pictures)} in {folder}"}
         if dist.get_rank() == 0:
             describe(found)
@@ -64,6 +69,8 @@ def check_options(arguments: argparse.Namespace, task: Task) -> None:
     for option in ("multi_scale", "visualize"):
         if getattr(arguments, option) and task.kind != SEGMENTATION:
             raise UserError(f"--{option.replace('_', '-')}: is for segmentation; this config's task is {task.kind}")
+    if arguments.out is not None and arguments.visualize is None:
+        raise UserError(f"--out {arguments.out}: is for the pictures of --visualize N")
     if arguments.visualize is not None and arguments.visualize < 1:
         raise UserError(f"--visualize {arguments.visualize}: has to be 1 or more")
 

@@ -95,8 +95,9 @@ class TrainConfig:
         clip_norm: largest norm of the gradient; ``None`` for no clipping.
         accumulation: passes in which a rank goes through its part of a step, to save memory.
         ema: decay of a moving average of what is trained, to be evaluated and saved instead; ``None`` for none.
-        eval_interval: epochs between two evaluations; the last epoch is always evaluated.
-        checkpoint_interval: epochs between two checkpoints.
+        eval_interval: epochs between two evaluations; the end of the run is always evaluated. ``None`` for 10 epochs,
+            and with ``iterations`` for the end alone.
+        checkpoint_interval: epochs between two checkpoints; ``None`` for 5, and with ``iterations`` for the end alone.
         checkpoint_steps: steps between two checkpoints, beside those at the end of an epoch; ``None`` for none.
         keep_checkpoints: how many of the last checkpoints are kept.
         save_best: also keep the checkpoint that was best at its evaluation.
@@ -118,8 +119,8 @@ class TrainConfig:
     clip_norm: float | None = None
     accumulation: int = 1
     ema: float | None = None
-    eval_interval: int = 10
-    checkpoint_interval: int = 5
+    eval_interval: int | None = None
+    checkpoint_interval: int | None = None
     checkpoint_steps: int | None = None
     keep_checkpoints: int = 2
     save_best: bool = False

@@ -50,8 +50,8 @@ def build_ade20k(
         raise UserError(f"config: data.num_workers={num_workers} has to be 0 or more")
     if seed < 0:
         raise UserError(f"config: data.seed={seed} has to be 0 or more")
-    crop = _two_edges("crop_size", crop_size)
-    edges = _two_edges("scale", scale)
+    crop = two_edges("crop_size", crop_size)
+    edges = two_edges("scale", scale)
     pipeline = setr_pipeline(crop, edges) if train_pipeline is None else train_pipeline
     for place, config in enumerate(pipeline):
         if not isinstance(config, dict):
@@ -100,7 +100,12 @@ def setr_pipeline(crop_size: tuple[int, int], scale: tuple[int, int]) -> list[di
     ]
 
 
-def _two_edges(name: str, value: Sequence[int]) -> tuple[int, int]:
+def two_edges(name: str, value: Sequence[int]) -> tuple[int, int]:
+    """A size in pixels from a config's section ``data``.
+
+    Raises:
+        UserError: it is not two integers above 0.
+    """
     if isinstance(value, str) or len(value) != 2 or not all(type(edge) is int and edge > 0 for edge in value):
         raise UserError(f"config: data.{name}={value!r} has to be two integers above 0")
     return value[0], value[1]

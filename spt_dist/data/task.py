@@ -29,7 +29,7 @@ class Task:
     kind: str = CLASSIFICATION
     num_workers: int = 0
 
-    def train_at(self, epoch: int) -> Dataset[Any]:
-        """Training samples ``(image, target)`` as an epoch has them, with its augmentation if there is any."""
+    def train_at(self, epoch: int, seed: int) -> Dataset[Any]:
+        """Training samples ``(image, target)`` as an epoch of a run with ``seed`` has them, augmented if they are."""
         at_epoch = getattr(self.train, "at_epoch", None)
-        return self.train if at_epoch is None else at_epoch(epoch)
+        return self.train if at_epoch is None else at_epoch(seed * 1_000_003 + epoch)

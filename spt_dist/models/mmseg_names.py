@@ -62,6 +62,27 @@ def to_mmseg(state: Mapping[str, Value]) -> dict[str, Value]:
     return _rename(state, TIMM, "blocks", "layers", _TIMM_TO_MMSEG, _TIMM_TO_MMSEG_IN_A_BLOCK)
 
 
+def check_whole(names: Iterable[str]) -> None:
+    """Refuse a part of a ViT under timm's names, with or without ``backbone.`` before them.
+
+    Raises:
+        UserError: names the first weight that is missing.
+    """
+    given = {name.removeprefix(BACKBONE_PREFIX) for name in names}
+    blocks: dict[int, set[str]] = {}
+    for name in given:
+        first, _, rest = name.partition(".")
+        number, _, own = rest.partition(".")
+        if first == "blocks" and number.isdecimal():
+            blocks.setdefault(int(number), set()).add(own)
+    weights = {module + "weight" for module in _MODULES_OF_A_BLOCK}
+    in_a_block = weights.union(*blocks.values())
+    wanted = {f"blocks.{number}.{own}" for number in range(max(blocks, default=0) + 1) for own in in_a_block}
+    missing = sorted((wanted | {"cls_token", "pos_embed", "patch_embed.proj.weight"}) - given)
+    if missing:
+        raise UserError(f"{missing[0]} and {len(missing) - 1} more weights of a plain ViT are missing")
+
+
 def _rename(
     state: Mapping[str, Value],
     naming: str,

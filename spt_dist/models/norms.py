@@ -1,4 +1,4 @@
-"""Batch norm over the samples of all ranks, on the CPU.
+"""Batch norm over the samples of all ranks, also on the CPU.
 
 Shape suffixes: B samples, C channels.
 """
@@ -20,6 +20,7 @@ class CpuSyncBatchNorm(_BatchNorm):
         if not self.training:
             return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         inner = [axis for axis in range(input.ndim) if axis != 1]
+        assert self.weight is not None and self.bias is not None
         # float64: the variance is a difference of sums.
         values = input.double()
         count = values.new_full((1,), input.numel() // input.shape[1])
@@ -32,7 +33,9 @@ class CpuSyncBatchNorm(_BatchNorm):
         broad = (1, -1, *[1] * (input.ndim - 2))
         scale_C = (variance_C + self.eps).rsqrt() * self.weight
         shift_C = self.bias - mean_C * scale_C
-        return input * scale_C.to(input.dtype).view(broad) + shift_C.to(input.dtype).view(broad)
+        # In fp32 at least: what is far from zero would lose its digits when the mean goes.
+        wide = input.to(torch.promote_types(input.dtype, torch.float32))
+        return (wide * scale_C.to(wide.dtype).view(broad) + shift_C.to(wide.dtype).view(broad)).to(input.dtype)
 
     @torch.no_grad()
     def _follow(self, mean_C: Tensor, variance_C: Tensor, count: float) -> None:
@@ -59,8 +62,13 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
 
-def sync_on_cpu(module: nn.Module) -> None:
-    """Let every SyncBatchNorm within ``module`` work on the CPU, in place."""
+def synchronise(module: nn.Module, device: torch.device) -> None:
+    """Let every batch norm within ``module`` take its means over the samples of all ranks, in place."""
     for child in module.modules():
-        if isinstance(child, nn.SyncBatchNorm):
-            child.__class__ = CpuSyncBatchNorm  # type: ignore[assignment]  # it has the same parameters and buffers
+        if not isinstance(child, _BatchNorm) or not child.track_running_stats:
+            continue
+        if device.type == "cpu":
+            child.__class__ = CpuSyncBatchNorm
+        elif not isinstance(child, nn.SyncBatchNorm):
+            child.__class__ = nn.SyncBatchNorm
+            child.process_group = None  # type: ignore[assignment]  # which is what its own constructor sets

@@ -14,12 +14,14 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import MMLogger
 from mmseg.models import EncoderDecoder
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.models.utils import resize
 from mmseg.registry import MODELS
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from spt_dist.errors import UserError
-from spt_dist.models import vit_backbone
+from spt_dist.models import vit_backbone  # which registers itself
 from spt_dist.models.matrices import SEGMENTATION_HEADS
 
 
@@ -33,13 +35,7 @@ class Segmentor(EncoderDecoder):
         """``settings``: the arguments of mmseg's EncoderDecoder, as dicts."""
         self.settings = ConfigDict(copy.deepcopy(settings))
         super().__init__(**copy.deepcopy(self.settings))
-        for head in self.loss_heads():
-            if head.sampler is not None:
-                raise UserError(
-                    "config: model.kwargs: a head has a sampler, which picks pixels across images; leave it out"
-                )
-            if head.out_channels != head.num_classes:
-                raise UserError(f"config: model.kwargs: a head has out_channels={head.out_channels}; leave it out")
+        check_heads(self)
 
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, ...]:
         """Logits ``(B, K, h, w)``: the decode head's; behind them, where gradients are wanted, the auxiliary heads'.
@@ -74,7 +70,7 @@ class Segmentor(EncoderDecoder):
                 ]
         return torch.stack([torch.stack(terms).sum() for terms in losses_B])
 
-    def loss_heads(self) -> list[nn.Module]:
+    def loss_heads(self) -> list[Any]:
         """The heads that have a loss, the decode head first."""
         if not self.with_auxiliary_head:
             return [self.decode_head]
@@ -141,11 +137,39 @@ def create_segmentor(num_classes: int, settings: dict[str, Any]) -> Segmentor:
         raise UserError(f"config: model.kwargs: mmseg does not take them ({error})") from error
 
 
+def check_heads(model: Segmentor) -> None:
+    """Refuse heads whose loss, or batch norm, this package does not compute as mmseg does.
+
+    Raises:
+        UserError: names what is not supported.
+    """
+    for head in model.loss_heads():
+        where = f"a segmentor's {type(head).__name__}"
+        if head.sampler is not None:
+            raise UserError(f"{where} has a sampler, which picks pixels across images; leave it out")
+        if head.out_channels != head.num_classes:
+            raise UserError(f"{where} has out_channels={head.out_channels}; leave it out")
+        if any(getattr(type(head), name) is not getattr(BaseDecodeHead, name) for name in ("loss", "loss_by_feat")):
+            raise UserError(f"{where} has a loss of its own kind, which is not supported; take a SETR or FCN head")
+    for norm in model.modules():
+        if isinstance(norm, _BatchNorm) and (not norm.track_running_stats or not norm.affine or norm.momentum is None):
+            raise UserError(
+                "a segmentor's batch norm has affine=False, track_running_stats=False or momentum=None; leave these at "
+                "their defaults in norm_cfg"
+            )
+
+
 def _check_backbone(backbone: dict[str, Any]) -> None:
     if str(backbone.get("type")).rpartition(".")[2] == "VisionTransformer":
         raise UserError(
             "config: model.kwargs.backbone.type='VisionTransformer': mmseg's own never calls the layers whose weights "
             "its attention uses, so that these can't be tuned; 'TimmVisionTransformer' takes the same arguments"
+        )
+    taps, num_layers = backbone.get("out_indices"), backbone.get("num_layers")
+    if isinstance(taps, list | tuple) and num_layers and not {-1, num_layers - 1} & set(taps):
+        raise UserError(
+            f"config: model.kwargs.backbone.out_indices={taps}: the blocks behind the last of them would be tuned for "
+            f"nothing; make num_layers={max(taps) + 1}, or tap block {num_layers - 1}"
         )
     for key in ("pretrained", "init_cfg"):
         if backbone.get(key) is not None:
@@ -156,8 +180,9 @@ def _check_test_cfg(test_cfg: dict[str, Any]) -> None:
     """Refuse windows that an evaluation, at the end of a training, would refuse."""
     if test_cfg.get("mode") == "whole":
         return
-    known = test_cfg.get("mode") == "slide" and all(len(test_cfg.get(key, ())) == 2 for key in ("crop_size", "stride"))
-    if not known or any(not 0 < s <= c for s, c in zip(test_cfg["stride"], test_cfg["crop_size"], strict=True)):
+    sizes = [test_cfg.get(key) for key in ("stride", "crop_size")]
+    known = test_cfg.get("mode") == "slide" and all(isinstance(size, list | tuple) and len(size) == 2 for size in sizes)
+    if not known or not all(0 < stride <= crop for stride, crop in zip(*sizes, strict=True)):
         raise UserError(
             f"config: model.kwargs.test_cfg={test_cfg}: has to be dict(mode='whole'), or dict(mode='slide', "
             "crop_size=(512, 512), stride=(341, 341)) with strides up to the crop's size"

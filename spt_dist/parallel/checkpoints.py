@@ -5,6 +5,7 @@ fingerprint of the backbone. ``latest`` names the last complete one, ``best`` th
 both are written after the file they name.
 """
 
+import json
 import logging
 import re
 from collections.abc import Mapping
@@ -99,7 +100,8 @@ class Checkpoint:
         Raises:
             UserError: names what differs.
         """
-        mine, other = asdict(self.identity), asdict(identity)
+        # Through JSON, as the one in the file went, which makes lists of a config's tuples.
+        mine, other = asdict(self.identity), json.loads(json.dumps(asdict(identity)))
         mine_schedule, other_schedule = mine.pop("schedule"), other.pop("schedule")
         for key, (old, new) in _differences(mine, other).items():
             raise UserError(
@@ -278,7 +280,6 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             found |= _differences(before, after, f"{prefix}{key}.")
-        # A config's tuple comes back from JSON as a list.
-        elif before != (list(after) if isinstance(after, tuple) else after):
+        elif before != after:
             found[prefix + key] = (before, after)
     return found

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from spt_dist.models.matrices import head_buffers
 from spt_dist.models.sharded import fill, whole_value
 from spt_dist.tuning.inject import trainable_parameters
 
@@ -19,20 +20,20 @@ class MovingAverage:
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        self._parameters = dict(trainable_parameters(module))
+        self._values: dict[str, Tensor] = dict(trainable_parameters(module)) | head_buffers(module)
         self._decay = decay
-        self._averages = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        self._averages = {name: value.detach().clone() for name, value in self._values.items()}
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the parameters after a step."""
+        """Take in the values after a step."""
         for name, average in self._averages.items():
-            average.lerp_(self._parameters[name].detach(), 1 - self._decay)
+            average.lerp_(self._values[name].detach(), 1 - self._decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Put the averages into the model for the length of the block."""
-        values = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        values = {name: value.detach().clone() for name, value in self._values.items()}
         self._put(self._averages)
         try:
             yield
@@ -42,10 +43,10 @@ class MovingAverage:
     @torch.no_grad()
     def _put(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
-            self._parameters[name].copy_(value)
+            self._values[name].copy_(value)
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and whole average of each parameter, one at a time. Collective."""
+        """Name and whole average of each parameter and of the head's running means, one at a time. Collective."""
         for name, average in self._averages.items():
             yield name, whole_value(average)
 
@@ -59,4 +60,4 @@ class MovingAverage:
             if _PREFIX + name in state:
                 fill(average, state[_PREFIX + name])
             else:
-                average.copy_(self._parameters[name].detach())
+                average.copy_(self._values[name].detach())

@@ -30,7 +30,7 @@ from spt_dist.config import check_arguments
 from spt_dist.data.batches import deal_samples
 from spt_dist.errors import UserError
 from spt_dist.models.fingerprint import fingerprint
-from spt_dist.models.segmentor import Segmentor
+from spt_dist.models.segmentor import Segmentor, check_heads
 from spt_dist.progress import progress_bar
 from spt_dist.sensitivity.estimator import estimate_sensitivity
 from spt_dist.sensitivity.shards import get_rank, world_size
@@ -219,8 +219,7 @@ def as_segmentor(model: nn.Module) -> Segmentor:
     view = copy.copy(model)
     view.__class__ = Segmentor
     assert isinstance(view, Segmentor)
-    if any(head.sampler is not None for head in view.loss_heads()):
-        raise UserError("SPTHook: a head has a sampler, which picks pixels across images; leave it out")
+    check_heads(view)
     return view
 
 

@@ -1,7 +1,7 @@
 """What one rank needs for a run, from a model without memory."""
 
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -12,6 +12,7 @@ from spt_dist.allocation.bound import densest_plan, most_trained
 from spt_dist.allocation.plan import Plan
 from spt_dist.allocation.request import AllocationRequest
 from spt_dist.config import RunConfig, check_arguments, lookup
+from spt_dist.data.ade20k import two_edges
 from spt_dist.data.tasks import TASKS
 from spt_dist.errors import UserError
 from spt_dist.evaluation.footprint import bytes_of, share_out, share_scoring, weigh
@@ -98,7 +99,7 @@ class RunNeeds:
             UserError: the model does not take the images.
         """
         engine, share = self._config.engine, self.share
-        with _image_errors(self.image_shape):
+        with image_errors(self.image_shape):
             return self._rehearsal.train(
                 self.image_shape,
                 num_samples,
@@ -135,7 +136,7 @@ class RunNeeds:
         num_scores = sum(item.numel for item in inventory.parameters)
         share = share_scoring(weights, num_scores, self._config.engine, self._world_size, wanted.shard_sums)
         limit = wanted.memory_limit_gib
-        with _image_errors(self.image_shape):
+        with image_errors(self.image_shape):
             memory = Rehearsal(model).score(
                 self.image_shape,
                 min(wanted.batch_size, -(-wanted.num_samples // self._world_size)),
@@ -205,7 +206,7 @@ def _image_shape(config: RunConfig, model: nn.Module) -> Shape:
     check_arguments(build, arguments, "data")
     parameters = inspect.signature(build).parameters
     if "crop_size" in parameters:
-        height, width = arguments.get("crop_size", parameters["crop_size"].default)
+        height, width = two_edges("crop_size", arguments.get("crop_size", parameters["crop_size"].default))
         return 3, height, width
     channels, *size = model.default_cfg["input_size"]  # type: ignore[index]  # timm's models have it
     if "image_size" in parameters:
@@ -214,14 +215,19 @@ def _image_shape(config: RunConfig, model: nn.Module) -> Shape:
 
 
 @contextmanager
-def _image_errors(shape: Shape) -> Iterator[None]:
+def image_errors(shape: Sequence[int]) -> Iterator[None]:
+    """Tell what a model makes of images that it does not take.
+
+    Raises:
+        UserError: in the place of the model's own error.
+    """
     try:
         yield
-    # timm checks the size by assertion, torch's layers the channels with errors of their own.
-    except (AssertionError, RuntimeError) as error:
+    # timm checks the size by assertion; torch's layers and mmseg's heads have errors of their own.
+    except (AssertionError, RuntimeError, IndexError) as error:
         raise UserError(
-            f"config: the model does not take the data's images of shape {shape} ({error}); make the sizes that data "
-            "and model.kwargs have for images agree"
+            f"config: the model does not take the data's images of shape {tuple(shape)} ({error}); make the sizes "
+            "that data and model.kwargs have for images agree"
         ) from error
 
 

@@ -1,6 +1,7 @@
 """A whole run from a config: model, sensitivity, plan, training, task file."""
 
 import gc
+import inspect
 import json
 import time
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ from spt_dist.allocation.allocate import allocate
 from spt_dist.allocation.plan import Plan
 from spt_dist.config import RunConfig, TrainConfig, check_arguments, lookup
 from spt_dist.data.task import Task
-from spt_dist.data.tasks import build_task
+from spt_dist.data.tasks import TASKS, build_task
 from spt_dist.errors import UserError
 from spt_dist.evaluation.scores import main_metric
 from spt_dist.files import save_tensors, write_text
@@ -32,6 +33,7 @@ from spt_dist.parallel.signals import StopSignals
 from spt_dist.training.curves import check_backends
 from spt_dist.training.dry_run import DryRun, plan_run
 from spt_dist.training.monitor import SpeedSummary
+from spt_dist.training.needs import image_errors
 from spt_dist.training.profiling import check_profile
 from spt_dist.training.rank_log import rank_log
 from spt_dist.training.record import make_room, write_record
@@ -176,28 +178,32 @@ def check_setup(work_dir: Path, task: Task, config: RunConfig) -> None:
     """
     if work_dir.exists() and not work_dir.is_dir():
         raise UserError(f"{work_dir}: is a file, but results need a folder; give another (--work-dir, --out)")
-    image_CHW, _ = task.train_at(0)[0]
+    image_CHW, _ = task.train_at(0, config.seed)[0]
     model = create_model(config.model.name, config.model.num_classes, config.model.kwargs, torch.device("meta"))
-    try:
-        with torch.no_grad():
-            model.eval()(image_CHW.unsqueeze(0).to("meta"))
-    # timm checks the size by assertion, torch's layers the channels with errors of their own.
-    except (AssertionError, RuntimeError) as error:
-        raise UserError(
-            f"config: the model does not take the data's images of shape {tuple(image_CHW.shape)} ({error}); "
-            "make the sizes that data and model.kwargs have for images agree"
-        ) from error
-    _check_batches(task.num_train, config.train, bool(head_buffers(model)))
+    with image_errors(image_CHW.shape), torch.no_grad():
+        model.eval()(image_CHW.unsqueeze(0).to("meta"))
+    _check_batches(task.num_train, config.train)
+    if head_buffers(model):
+        _check_batch_norm(config)
 
 
-def _check_batches(num_train: int, train: TrainConfig, has_batch_norm: bool) -> None:
+def _check_batches(num_train: int, train: TrainConfig) -> None:
     if train.iterations is not None and train.batch_size > num_train:
         raise UserError(
             f"config: train.batch_size={train.batch_size}, but the task has {num_train} training samples, and with "
             "train.iterations each batch is full; lower it"
         )
-    parts = dist.get_world_size() * train.accumulation
-    if has_batch_norm and (train.iterations is None or train.batch_size % parts):
+
+
+def _check_batch_norm(config: RunConfig) -> None:
+    """Refuse what would let a head's batch norm see other samples than one process does."""
+    train, parts = config.train, dist.get_world_size() * config.train.accumulation
+    if config.sensitivity.train_mode:
+        raise UserError(
+            "config: sensitivity.train_mode=True: the head has batch norm, which would mix the images of a pass "
+            "and move its means before training; score in eval mode"
+        )
+    if train.iterations is None or train.batch_size % parts:
         raise UserError(
             f"config: the head has batch norm, so that batches have to divide evenly: give train.iterations (not "
             f"epochs) and make train.batch_size={train.batch_size} a multiple of {parts} (ranks x train.accumulation)"
@@ -244,5 +250,9 @@ def with_overrides(
 ) -> RunConfig:
     """The config with what the command line says about it."""
     new_engine = replace(config.engine, type=engine or config.engine.type, amp=amp or config.engine.amp)
-    data = config.data | {"skip_bad_samples": True} if skip_bad_samples else config.data
+    data = config.data
+    if skip_bad_samples:
+        if "skip_bad_samples" not in inspect.signature(lookup("data.type", data["type"], TASKS)).parameters:
+            raise UserError(f"--skip-bad-samples: data.type={data['type']!r} has no files to skip")
+        data = data | {"skip_bad_samples": True}
     return replace(config, engine=new_engine, work_dir=work_dir or config.work_dir, data=data)

@@ -70,7 +70,7 @@ def score(config: RunConfig, model: nn.Module, task: Task, report: Report = igno
     with progress_bar("sensitivity", len(dealt), rank == 0) as bar:
 
         def batches() -> Any:
-            for batch in load_batches(task.train_at(0), dealt, device, task.num_workers):
+            for batch in load_batches(task.train_at(0, config.seed), dealt, device, task.num_workers):
                 report(0, "scoring")
                 yield batch.inputs, batch.targets
                 bar.advance()

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from spt_dist.config import TrainConfig
 from spt_dist.data.batches import GlobalBatches
 
+# Where a config does not say it.
+EVAL_EPOCHS, SAVE_EPOCHS = 10, 5
+
 
 @dataclass(frozen=True)
 class Timetable:
@@ -46,13 +49,15 @@ class Timetable:
 def make_timetable(train: TrainConfig, batches: GlobalBatches) -> Timetable:
     """The timetable of a schedule over some batches. Its intervals are in epochs, or in steps with ``iterations``."""
     per_epoch = batches.steps_per_epoch
-    unit = per_epoch if train.iterations is None else 1
-    length = train.iterations if train.epochs is None else train.epochs
-    assert length is not None, "one of the two is given"
+    if train.iterations is not None:
+        unit, length, eval_interval, save_interval = 1, train.iterations, train.iterations, train.iterations
+    else:
+        assert train.epochs is not None, "one of the two is given"
+        unit, length, eval_interval, save_interval = per_epoch, train.epochs, EVAL_EPOCHS, SAVE_EPOCHS
     return Timetable(
         steps_per_epoch=per_epoch,
         total_steps=length * unit,
-        eval_interval=train.eval_interval * unit,
-        save_interval=train.checkpoint_interval * unit,
+        eval_interval=(train.eval_interval or eval_interval) * unit,
+        save_interval=(train.checkpoint_interval or save_interval) * unit,
         extra_save_interval=train.checkpoint_steps,
     )

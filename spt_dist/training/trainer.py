@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from spt_dist.errors import UserError
 from spt_dist.evaluation.scores import evaluate, main_metric
 from spt_dist.files import save_tensors
 from spt_dist.models.losses import sample_losses
-from spt_dist.models.matrices import head_buffers
 from spt_dist.parallel.checkpoints import Checkpoint, Progress, RunIdentity, mark_best, save_checkpoint
 from spt_dist.parallel.engines.base import Engine, State, keep_on_rank_0
 from spt_dist.parallel.signals import StopSignals
@@ -36,6 +35,8 @@ from spt_dist.training.timetable import make_timetable
 from spt_dist.tuning.delta import describe_delta
 
 logger = logging.getLogger(__name__)
+# What of a config's section ``data`` says where samples are and how they are read, not which.
+READING_KEYS = ("root", "num_workers", "skip_bad_samples")
 # What of a config's section ``train`` the loss curve depends on, beside the batches.
 SCHEDULE_KEYS = (
     *("epochs", "iterations", "optimizer", "momentum", "lr", "head_lr_mult", "schedule", "poly_power", "min_lr"),
@@ -193,7 +194,7 @@ class Trainer:
     def trained_values(self) -> State:
         """What the task file holds: the trained values, or their average, whole on rank 0. Collective."""
         if self.average is not None:
-            return keep_on_rank_0(chain(self.average.whole(), head_buffers(self.engine.module).items()))
+            return keep_on_rank_0(self.average.whole())
         return self.engine.trainable_values()
 
     def save(self, monitor: Monitor, best_score: float | None = None, is_needed: bool = False) -> None:
@@ -252,9 +253,10 @@ class Trainer:
         self.engine.module.train()
         num_steps, table = self.progress.num_steps, self.timetable
         rest = self.batches.deal(epoch, num_steps % table.steps_per_epoch)
-        dealt = islice(rest, table.total_steps - num_steps)
+        dealt = islice(rest, max(0, table.total_steps - num_steps))
         self.report(num_steps, "loading data")
-        for batch in load_batches(self.task.train_at(epoch), dealt, self.device, self.task.num_workers):
+        dataset = self.task.train_at(epoch, self.config.seed)
+        for batch in load_batches(dataset, dealt, self.device, self.task.num_workers):
             yield batch
             self.report(self.progress.num_steps, "loading data")
 
@@ -279,7 +281,7 @@ def run_identity(config: RunConfig, task: Task) -> RunIdentity:
         seed=config.seed,
         batch_size=train.batch_size,
         num_train=task.num_train,
-        data={key: value for key, value in config.data.items() if key not in ("root", "num_workers")},
+        data={key: value for key, value in config.data.items() if key not in READING_KEYS},
         model={"name": model.name, "num_classes": model.num_classes, "kwargs": model.kwargs},
         method={key: value for key, value in config.method.items() if key != "path"},
         schedule={

@@ -294,7 +294,7 @@ def test_extra_is_missing(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None
         ("images/training/*", r"images/training: has no \.jpg files"),
         (
             "images/training/ADE_train_00000003.jpg",
-            r"annotations/training/ADE_train_00000003\.png: has no image; .*skip_b",
+            r"annotations/training/ADE_train_00000003\.png: has no image; .*--skip-bad-samples",
         ),
         ("annotations/validation/*1.png", r"images/validation/ADE_val_00000001\.jpg: has no mask; mend it"),
         ("annotations/validation/*", r"images/validation/ADE_val_00000001\.jpg \(and 2 more\): has no mask; mend it"),

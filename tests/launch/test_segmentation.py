@@ -119,7 +119,7 @@ def test_options_for_segmentation_are_refused_elsewhere(tmp_path: Path) -> None:
         {
             "--multi-scale": Launch([*arguments, "--multi-scale"]),
             "--visualize": Launch([*arguments, "--visualize", "3"]),
-            "skip_bad_samples": Launch([*arguments, "--skip-bad-samples"]),
+            "--skip-bad-samples": Launch([*arguments, "--skip-bad-samples"]),
         }
     )
     for option, result in results.items():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from timm.models import VisionTransformer
 
 from spt_dist import UserError
-from spt_dist.models.mmseg_names import MMSEG, TIMM, naming_of, to_mmseg, to_timm
+from spt_dist.models.mmseg_names import MMSEG, TIMM, check_whole, naming_of, to_mmseg, to_timm
 
 OTHERS = ("decode_head.conv_seg.weight", "auxiliary_head.0.norm.weight", "neck.blocks.0.norm1.bias", "norm.weight")
 
@@ -82,3 +82,15 @@ def test_what_has_no_counterpart_is_named(name: str, prefix: str) -> None:
 
 def test_other_models_have_neither_naming() -> None:
     assert naming_of(["layers.0.blocks.0.attn.qkv.weight", "patch_embed.proj.weight"]) is None
+
+
+@pytest.mark.parametrize("lost", ["cls_token", "blocks.1.norm2.bias", "blocks.0.mlp.fc1.weight"])
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_a_part_of_a_vit_is_no_vit(prefix: str, lost: str) -> None:
+    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=8, depth=3, num_heads=2, num_classes=0)
+    names = {prefix + name for name in model.state_dict()} | {"decode_head.conv_seg.weight"}
+    check_whole(names)
+    with pytest.raises(UserError, match=f"{lost} and 0 more weights of a plain ViT are missing"):
+        check_whole(names - {prefix + lost})
+    with pytest.raises(UserError, match=r"mlp\.fc2\.weight and 2 more"):
+        check_whole({name for name in names if "mlp.fc2.weight" not in name})

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spt_dist.models.norms import CpuSyncBatchNorm, sync_on_cpu
+from spt_dist.models.norms import CpuSyncBatchNorm, synchronise
 from tests.ranks import run_ranks
 
 # Ranks get 3 and 5 samples of these, so that the mean of the ranks' means is not the mean.
@@ -42,18 +42,20 @@ def make_norm(kind: type[nn.Module]) -> Any:
     return norm
 
 
-def own_share() -> dict[str, Tensor]:
+def own_share(kind: type[nn.Module]) -> dict[str, Tensor]:
     """This rank's share of ``make_input``, of unequal sizes."""
-    norm = make_norm(nn.SyncBatchNorm)
-    sync_on_cpu(nn.Sequential(norm))
+    norm = make_norm(kind)
+    synchronise(nn.Sequential(norm), torch.device("cpu"))
     return run_norm(norm, make_input().split(CUTS[dist.get_world_size()])[dist.get_rank()])
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_ranks_together_are_torchs_batch_norm(world_size: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "world_size"), [(nn.SyncBatchNorm, 1), (nn.SyncBatchNorm, 2), (nn.BatchNorm2d, 2), (nn.SyncBatchNorm, 4)]
+)
+def test_ranks_together_are_torchs_batch_norm(kind: type[nn.Module], world_size: int) -> None:
     expected = run_norm(make_norm(nn.BatchNorm2d), make_input())
-    parts = run_ranks(own_share, world_size)
+    parts = run_ranks(own_share, world_size, kind)
     for name in ("output", "input.grad", "eval"):
         torch.testing.assert_close(torch.cat([part[name] for part in parts]), expected[name], rtol=1e-4, atol=1e-5)
     for name in ("weight", "bias"):
@@ -65,8 +67,18 @@ def test_ranks_together_are_torchs_batch_norm(world_size: int) -> None:
 
 def test_without_a_process_group_it_is_batch_norm() -> None:
     norm = make_norm(nn.SyncBatchNorm)
-    sync_on_cpu(norm)
+    synchronise(norm, torch.device("cpu"))
     assert type(norm) is CpuSyncBatchNorm
     found, expected = run_norm(norm, make_input()), run_norm(make_norm(nn.BatchNorm2d), make_input())
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_in_bfloat16_the_mean_is_taken_off_before_digits_are_dropped() -> None:
+    input_BCHW = (make_input() + 30).bfloat16()
+    norm, exact = make_norm(nn.SyncBatchNorm).train(), make_norm(nn.BatchNorm2d).train()
+    synchronise(norm, torch.device("cpu"))
+    found = norm(input_BCHW)
+    assert found.dtype == torch.bfloat16
+    # As far as its own last digit tells.
+    torch.testing.assert_close(found.float(), exact(input_BCHW.float()), rtol=2**-8, atol=1e-3)

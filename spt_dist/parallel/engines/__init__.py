@@ -5,7 +5,7 @@ from torch import nn
 
 from spt_dist.config import EngineConfig, lookup
 from spt_dist.errors import UserError
-from spt_dist.models.norms import sync_on_cpu
+from spt_dist.models.norms import synchronise
 from spt_dist.parallel.engines.base import Engine
 from spt_dist.parallel.engines.ddp import DDPEngine
 from spt_dist.parallel.engines.deepspeed import DeepSpeedEngine
@@ -61,8 +61,7 @@ def build_engine(config: EngineConfig, model: nn.Module, settings: OptimizerSett
     Raises:
         UserError: activation checkpointing is asked of a model that has none.
     """
-    if device.type == "cpu":
-        sync_on_cpu(model)
+    synchronise(model, device)
     if config.activation_checkpointing:
         set_checkpointing = getattr(model, "set_grad_checkpointing", None)
         if not callable(set_checkpointing):

@@ -20,7 +20,7 @@ class DDPEngine(TorchEngine):
     ) -> None:
         super().__init__(model, settings, device, config)
         if dist.get_world_size() > 1:
-            # Buffers are indices that every rank derives from the same plan, and means over all ranks.
+            # Buffers are indices that every rank derives from the same plan, and running means over all ranks.
             self.replica = DistributedDataParallel(model, forward_sync_buffers=False)
 
     def passing(self, is_last: bool) -> AbstractContextManager[None]:
