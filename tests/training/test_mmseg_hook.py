@@ -320,7 +320,7 @@ def test_other_models_are_refused(config: Path) -> None:
         as_segmentor(nn.Linear(2, 2))
     model = build_plain(config)
     model.auxiliary_head[0].sampler = object()
-    with pytest.raises(UserError, match="a head has a sampler"):
+    with pytest.raises(UserError, match="has a sampler, which picks pixels"):
         as_segmentor(model)
 
 
