@@ -44,10 +44,12 @@ def group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def save(folder: Path, num_steps: int, keep: int = 2, best: float | None = None) -> Path:
+def save(
+    folder: Path, num_steps: int, keep: int = 2, best: float | None = None, identity: RunIdentity = IDENTITY
+) -> Path:
     """Write a checkpoint of an untrained model."""
     tuned = inject(make_vit(), random_plan(make_vit(), 1))
-    return save_checkpoint(folder, STATE, tuned, Progress(num_steps, best, num_steps), IDENTITY, keep)
+    return save_checkpoint(folder, STATE, tuned, Progress(num_steps, best, num_steps), identity, keep)
 
 
 def names(folder: Path) -> list[str]:
@@ -103,6 +105,15 @@ def test_another_run_is_refused(tmp_path: Path, change: dict[str, Any], message:
     checkpoint.check(IDENTITY)
     with pytest.raises(UserError, match=message):
         checkpoint.check(replace(IDENTITY, **change))
+
+
+def test_tuples_of_a_config_are_the_lists_of_its_file(tmp_path: Path) -> None:
+    """At any depth: transforms have them, and heads."""
+    pipeline = {"train_pipeline": [{"type": "RandomResize", "scale": (192, 96)}]}
+    path = save(tmp_path, 5, identity=replace(IDENTITY, data=pipeline))
+    load_checkpoint(path).check(replace(IDENTITY, data=pipeline))
+    with pytest.raises(UserError, match="train_pipeline"):
+        load_checkpoint(path).check(replace(IDENTITY, data={"train_pipeline": [{"scale": (192, 97)}]}))
 
 
 def test_another_backbone_is_refused(tmp_path: Path) -> None:
