@@ -12,14 +12,13 @@ from torch.distributed.tensor import DTensor
 from spt_dist.errors import UserError
 from spt_dist.files import load_tensors
 from spt_dist.models.matrices import SEGMENTATION_HEADS, find_heads, in_modules, own_name_of
-from spt_dist.models.mmseg_names import BACKBONE_PREFIX, MMSEG, naming_of, to_timm
+from spt_dist.models.mmseg_names import BACKBONE_PREFIX, MMSEG, POOLING, USUAL_HEADS, naming_of, to_timm
 from spt_dist.models.positions import square_grid
 from spt_dist.models.sharded import own_rows, whole_shape
 from spt_dist.models.weight_files import open_weights
 
 _log = logging.getLogger(__name__)
 PACKAGE_SCHEME = "package://"
-USUAL_HEADS = ("head", "head_dist", "fc")
 
 
 def resolve_checkpoint(location: str) -> Path:
@@ -100,7 +99,7 @@ class WeightsFile:
         ignored: tuple[str, ...] = USUAL_HEADS + SEGMENTATION_HEADS
         if hasattr(_backbone_of(model), "fit_pos_embed"):
             # Its maps may be taken before the last norm, and never go through what pools a classifier's features.
-            ignored += ("norm", "fc_norm", "pre_logits")
+            ignored += ("norm", *POOLING)
         pairs = []
         for name, own_name in names.items():
             inner = name.removeprefix(BACKBONE_PREFIX)

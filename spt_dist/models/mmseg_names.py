@@ -11,7 +11,9 @@ from spt_dist.models.matrices import SEGMENTATION_HEADS, in_modules
 
 TIMM, MMSEG = "timm", "mmseg"
 BACKBONE_PREFIX = "backbone."
-CLASSIFIER_HEADS = ("head", "head_dist", "fc", "fc_norm", "pre_logits")
+USUAL_HEADS = ("head", "head_dist", "fc")
+# What lies between a classifier's backbone and its head.
+POOLING = ("fc_norm", "pre_logits")
 
 _OWN = ("weight", "bias")
 _MODULES = {"patch_embed.proj.": "patch_embed.projection.", "norm.": "ln1."}
@@ -95,7 +97,7 @@ def _rename(
     renamed = {}
     for name, value in state.items():
         inner = name.removeprefix(BACKBONE_PREFIX)
-        is_kept = inner == name if is_segmentor else in_modules(name, SEGMENTATION_HEADS + CLASSIFIER_HEADS)
+        is_kept = inner == name if is_segmentor else in_modules(name, SEGMENTATION_HEADS + USUAL_HEADS + POOLING)
         if is_kept:
             renamed[name] = value
             continue
