@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from spt_dist.errors import UserError
+from spt_dist.data.samples import BadSampleError
 
 Pair = tuple[str, str]
 
@@ -28,10 +28,6 @@ _JPEG_END: Final = b"\xd9"
 _JPEG_MARKER: Final = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
 # One byte a pixel: grey, or numbers of a palette's colours, which is how some tools save labels.
 _MASK_MODES: Final = ("L", "P")
-
-
-class BadSampleError(UserError):
-    """An image or its mask is not what it should be; the message says which and why."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, get_worker_info
 
-from spt_dist.data.pairs import BadSampleError, Pair, check_size, read_mask
+from spt_dist.data.pairs import Pair, check_size, read_mask
+from spt_dist.data.samples import BadSampleError
 from spt_dist.errors import UserError
 
 IGNORED: Final = 255
