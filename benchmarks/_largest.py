@@ -15,8 +15,8 @@ from torch.utils.data import TensorDataset
 from _memory import peak_bytes, reset_peak
 from _ranks import run_ranks  # type: ignore[import-not-found]
 from _training import ENGINES, make_trainer  # type: ignore[import-not-found]
-from spt_dist.config import ModelConfig, RunConfig, SensitivityConfig, TrainConfig
 from spt_dist.data.batches import load_batches
+from spt_dist.sections import ModelConfig, RunConfig, SensitivityConfig, TrainConfig
 from spt_dist.tables import format_table
 from spt_dist.training.dry_run import plan_run
 from spt_dist.tuning.methods import make_plan

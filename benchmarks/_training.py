@@ -4,10 +4,10 @@ import torch
 from torch.utils.data import TensorDataset
 
 from spt_dist import Plan
-from spt_dist.config import EngineConfig, ModelConfig, RunConfig, TrainConfig
 from spt_dist.data.task import Task
 from spt_dist.parallel.backbone import build_backbone, training_form
 from spt_dist.parallel.engines import OptimizerSettings, build_engine
+from spt_dist.sections import EngineConfig, ModelConfig, RunConfig, TrainConfig
 from spt_dist.training.trainer import Trainer
 from spt_dist.tuning.inject import install, make_modules
 

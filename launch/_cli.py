@@ -15,11 +15,12 @@ from mmengine.config import DictAction
 from rich.logging import RichHandler
 
 from spt_dist import UserError
-from spt_dist.config import RunConfig, load_config
+from spt_dist.config import load_config
 from spt_dist.exits import FAULT, STOPPED, USER_ERROR, RunEnded
 from spt_dist.parallel.faults import is_mistake, is_out_of_memory
 from spt_dist.parallel.launch import read_environment
 from spt_dist.parallel.signals import Stopped
+from spt_dist.sections import RunConfig
 from spt_dist.training.pipeline import with_overrides
 
 SECONDS_FOR_RANK_ZERO = 20

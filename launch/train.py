@@ -4,9 +4,9 @@ import torch.distributed as dist
 
 from _cli import add_config_options, add_data_options, describe, make_parser, read_config, run
 from spt_dist import UserError
-from spt_dist.config import RunConfig
 from spt_dist.evaluation.scores import METRIC_LABELS
 from spt_dist.parallel.launch import process_group, read_environment
+from spt_dist.sections import RunConfig
 from spt_dist.training.monitor import SpeedSummary
 from spt_dist.training.pipeline import plan_dry, run_training
 

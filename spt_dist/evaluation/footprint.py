@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spt_dist.config import EngineConfig
 from spt_dist.parallel.backbone import FSDP, scoring_form
 from spt_dist.parallel.engines.deepspeed_config import deepspeed_config
 from spt_dist.parallel.units import find_units
+from spt_dist.sections import EngineConfig
 from spt_dist.sensitivity.buffers import BUCKET_SIZE
 
 FP32 = 4

@@ -16,7 +16,6 @@ from torch.distributed.fsdp import fully_shard
 
 from spt_dist.allocation.plan import Plan
 from spt_dist.compat import start_deepspeed
-from spt_dist.config import EngineConfig, ModelConfig
 from spt_dist.errors import UserError
 from spt_dist.models.checkpoints import WeightsFile, backbone_state, load_backbone
 from spt_dist.models.classifier import build_classifier, create_model, fill_head, head_values
@@ -25,6 +24,7 @@ from spt_dist.models.matrices import take_inventory
 from spt_dist.models.precision import shorten_frozen
 from spt_dist.parallel.engines.deepspeed_config import deepspeed_config
 from spt_dist.parallel.units import find_units
+from spt_dist.sections import EngineConfig, ModelConfig
 from spt_dist.tuning.inject import is_tuned, trainable_parameters
 
 WHOLE, FSDP, ZERO3 = "whole", "fsdp", "zero3"

@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from spt_dist.config import LogConfig, RunConfig, lookup
+from spt_dist.config import lookup
 from spt_dist.errors import UserError
+from spt_dist.sections import LogConfig, RunConfig
 
 logger = logging.getLogger(__name__)
 

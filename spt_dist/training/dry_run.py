@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from spt_dist.config import RunConfig
+from spt_dist.sections import RunConfig
 from spt_dist.tables import format_table
 from spt_dist.training.needs import GIB, CheckpointHeader, RunNeeds, Shape, Trainables
 

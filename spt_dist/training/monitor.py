@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spt_dist.config import RunConfig
 from spt_dist.evaluation.scores import METRIC_LABELS
+from spt_dist.sections import RunConfig
 from spt_dist.training.curves import Curves
 from spt_dist.training.metrics import MetricsFile
 

@@ -11,7 +11,7 @@ from torch import nn
 from spt_dist.allocation.bound import densest_plan, most_trained
 from spt_dist.allocation.plan import Plan
 from spt_dist.allocation.request import AllocationRequest
-from spt_dist.config import RunConfig, check_arguments, lookup
+from spt_dist.config import check_arguments, lookup
 from spt_dist.data.ade20k import two_edges
 from spt_dist.data.tasks import TASKS
 from spt_dist.errors import UserError
@@ -23,6 +23,7 @@ from spt_dist.models.matrices import Inventory, take_inventory
 from spt_dist.models.precision import shorten_frozen
 from spt_dist.models.weight_files import open_weights
 from spt_dist.parallel.engines.optimizers import optimizer_settings
+from spt_dist.sections import RunConfig
 from spt_dist.tables import format_table
 from spt_dist.tuning.methods import make_plan
 

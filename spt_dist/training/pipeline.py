@@ -15,7 +15,7 @@ from torch import nn
 
 from spt_dist.allocation.allocate import allocate
 from spt_dist.allocation.plan import Plan
-from spt_dist.config import RunConfig, TrainConfig, check_arguments, lookup
+from spt_dist.config import check_arguments, lookup
 from spt_dist.data.task import Task
 from spt_dist.data.tasks import TASKS, build_task
 from spt_dist.errors import UserError
@@ -30,6 +30,7 @@ from spt_dist.parallel.engines import build_engine, check_engine
 from spt_dist.parallel.engines.optimizers import optimizer_settings
 from spt_dist.parallel.launch import local_device
 from spt_dist.parallel.signals import StopSignals
+from spt_dist.sections import RunConfig, TrainConfig
 from spt_dist.training.curves import check_backends
 from spt_dist.training.dry_run import DryRun, plan_run
 from spt_dist.training.monitor import SpeedSummary

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from spt_dist.config import LogConfig
 from spt_dist.errors import UserError
 from spt_dist.files import write_atomically
+from spt_dist.sections import LogConfig
 
 logger = logging.getLogger(__name__)
 

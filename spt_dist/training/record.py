@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from spt_dist.config import RunConfig
 from spt_dist.errors import UserError
 from spt_dist.files import write_text
 from spt_dist.parallel.checkpoints import Checkpoint, drop_later
+from spt_dist.sections import RunConfig
 
 ARTEFACTS = (
     "run.json",

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from spt_dist.config import TrainConfig
+from spt_dist.sections import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from spt_dist.allocation.kinds import find_kind
 from spt_dist.allocation.plan import Plan
 from spt_dist.allocation.released import eligible_names, matrix_names
 from spt_dist.allocation.request import AllocationRequest
-from spt_dist.config import RunConfig
 from spt_dist.data.batches import deal_samples, load_batches
 from spt_dist.data.task import Task
 from spt_dist.errors import UserError
@@ -22,6 +21,7 @@ from spt_dist.models.matrices import take_inventory
 from spt_dist.parallel.backbone import Backbone, build_backbone, scoring_form, training_form
 from spt_dist.parallel.launch import local_device
 from spt_dist.progress import progress_bar
+from spt_dist.sections import RunConfig
 from spt_dist.sensitivity.diagnosis import NotFiniteError
 from spt_dist.sensitivity.estimator import estimate_sensitivity
 from spt_dist.sensitivity.scores import Scores

@@ -8,8 +8,8 @@ from torch import nn
 from spt_dist.allocation.allocate import allocate
 from spt_dist.allocation.plan import Plan
 from spt_dist.allocation.request import AllocationRequest
-from spt_dist.config import RunConfig
 from spt_dist.errors import UserError
+from spt_dist.sections import RunConfig
 from spt_dist.sensitivity.scores import Scores
 from spt_dist.sensitivity.shards import get_rank
 from spt_dist.training.scoring import check_request, method_options

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from spt_dist.config import TrainConfig
 from spt_dist.data.batches import GlobalBatches
+from spt_dist.sections import TrainConfig
 
 # Where a config does not say it.
 EVAL_EPOCHS, SAVE_EPOCHS = 10, 5

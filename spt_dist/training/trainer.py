@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spt_dist.config import RunConfig
 from spt_dist.data.batches import Batch, GlobalBatches, load_batches
 from spt_dist.data.task import Task
 from spt_dist.errors import UserError
@@ -25,6 +24,7 @@ from spt_dist.parallel.checkpoints import Checkpoint, Progress, RunIdentity, mar
 from spt_dist.parallel.engines.base import Engine, State, keep_on_rank_0
 from spt_dist.parallel.signals import StopSignals
 from spt_dist.progress import progress_bar
+from spt_dist.sections import RunConfig
 from spt_dist.training.ema import MovingAverage
 from spt_dist.training.metrics import MetricsFile
 from spt_dist.training.monitor import Monitor, SpeedSummary

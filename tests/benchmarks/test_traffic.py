@@ -15,8 +15,8 @@ import _paper
 from _paper import HYBRID, legs, payloads, sizes_of
 from _traffic import Traffic
 from spt_dist import trainable_parameters
-from spt_dist.config import EngineConfig
 from spt_dist.data.batches import load_batches
+from spt_dist.sections import EngineConfig
 from tests.models_for_tests import make_vit
 from tests.parallel.test_engines import CPU, DDP, FSDP, ZERO, make_engine, make_trainer, name_of
 from tests.ranks import run_ranks

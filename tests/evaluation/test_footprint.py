@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from spt_dist.config import EngineConfig
 from spt_dist.evaluation.footprint import Share, Weights, share_out, share_scoring, weigh
 from spt_dist.models.classifier import create_model
 from spt_dist.models.matrices import take_inventory
+from spt_dist.sections import EngineConfig
 
 BACKBONE, HEAD, TOKEN = 85_798_656, 7_690, 768
 ALL = BACKBONE + HEAD

@@ -9,12 +9,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spt_dist import UserError
-from spt_dist.config import EngineConfig, ModelConfig
 from spt_dist.models.checkpoints import WeightsFile
 from spt_dist.models.classifier import build_classifier
 from spt_dist.models.fingerprint import fingerprint
 from spt_dist.models.sharded import is_part, whole_value
 from spt_dist.parallel.backbone import FSDP, WHOLE, ZERO3, build_backbone
+from spt_dist.sections import EngineConfig, ModelConfig
 from tests.ranks import run_ranks
 from tests.tuning.plans_for_tests import SMALL_CONVNEXT, SMALL_SWIN
 

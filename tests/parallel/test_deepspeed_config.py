@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from spt_dist import UserError
-from spt_dist.config import EngineConfig
 from spt_dist.parallel.engines import check_engine
 from spt_dist.parallel.engines.deepspeed_config import deepspeed_config
+from spt_dist.sections import EngineConfig
 
 ZERO2, ZERO3 = (EngineConfig(type="deepspeed", zero_stage=stage) for stage in (2, 3))
 # As other trainers' files look.

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from spt_dist import Plan, UserError, inject, trainable_parameters
-from spt_dist.config import EngineConfig, LogConfig, ModelConfig, RunConfig, TrainConfig
 from spt_dist.data.batches import load_batches
 from spt_dist.data.task import Task
 from spt_dist.models.classifier import create_model
@@ -24,6 +23,7 @@ from spt_dist.models.sharded import whole_value
 from spt_dist.parallel.backbone import build_backbone, partition, shard, training_form
 from spt_dist.parallel.checkpoints import load_checkpoint
 from spt_dist.parallel.engines import Engine, OptimizerSettings, build_engine
+from spt_dist.sections import EngineConfig, LogConfig, ModelConfig, RunConfig, TrainConfig
 from spt_dist.training.metrics import read_metrics
 from spt_dist.training.trainer import Trainer
 from spt_dist.tuning.inject import install, make_modules

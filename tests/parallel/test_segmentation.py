@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spt_dist.config import EngineConfig, LogConfig, ModelConfig, RunConfig, TrainConfig
 from spt_dist.data.ade20k import build_ade20k
 from spt_dist.data.batches import GlobalBatches, load_batches
 from spt_dist.data.scenes import make_scenes
@@ -20,6 +19,7 @@ from spt_dist.models.sharded import whole_value
 from spt_dist.parallel.backbone import build_backbone, training_form
 from spt_dist.parallel.checkpoints import find_checkpoint
 from spt_dist.parallel.engines import OptimizerSettings, build_engine
+from spt_dist.sections import EngineConfig, LogConfig, ModelConfig, RunConfig, TrainConfig
 from spt_dist.training.trainer import Trainer
 from spt_dist.tuning.inject import inject, install, make_modules, trainable_parameters
 from spt_dist.tuning.methods import make_plan

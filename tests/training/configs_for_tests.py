@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as ShownAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from spt_dist.config import LogConfig, ModelConfig, RunConfig, TrainConfig
+from spt_dist.sections import LogConfig, ModelConfig, RunConfig, TrainConfig
 
 
 def make_config(work_dir: Path | str, epochs: int = 2, **log: Any) -> RunConfig:

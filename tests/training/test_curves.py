@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from spt_dist.config import LogConfig, load_config
+from spt_dist.config import load_config
 from spt_dist.errors import UserError
+from spt_dist.sections import LogConfig
 from spt_dist.training.curves import Curves, check_backends
 from tests.training.configs_for_tests import make_config, read_curves
 

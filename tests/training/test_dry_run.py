@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from spt_dist.config import EngineConfig, ModelConfig, RunConfig, SensitivityConfig, TrainConfig
 from spt_dist.errors import UserError
 from spt_dist.models.classifier import build_classifier
+from spt_dist.sections import EngineConfig, ModelConfig, RunConfig, SensitivityConfig, TrainConfig
 from spt_dist.training.dry_run import GIB, DryRun, plan_run
 from spt_dist.tuning.inject import inject, trainable_parameters
 from spt_dist.tuning.methods import make_plan

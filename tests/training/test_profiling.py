@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from spt_dist.config import LogConfig
 from spt_dist.errors import UserError
+from spt_dist.sections import LogConfig
 from spt_dist.training.profiling import check_profile, profiled_steps
 from tests.ranks import run_ranks
 

@@ -8,7 +8,7 @@ import torch
 from mmengine.optim import PolyLR
 
 from spt_dist import UserError
-from spt_dist.config import TrainConfig
+from spt_dist.sections import TrainConfig
 from spt_dist.training.metrics import MetricsFile, read_metrics
 from spt_dist.training.schedule import make_schedule
 

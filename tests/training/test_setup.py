@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.utils.data import TensorDataset
 
 from spt_dist import UserError
-from spt_dist.config import ModelConfig, RunConfig, SensitivityConfig, TrainConfig
 from spt_dist.data.task import Task
+from spt_dist.sections import ModelConfig, RunConfig, SensitivityConfig, TrainConfig
 from spt_dist.training.pipeline import check_setup
 from tests.segmentors_for_tests import NUM_CLASSES, SETTINGS
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from spt_dist.config import EngineConfig, lookup
+from spt_dist.config import lookup
 from spt_dist.errors import UserError
 from spt_dist.models.norms import synchronise
 from spt_dist.parallel.engines.base import Engine
@@ -13,6 +13,7 @@ from spt_dist.parallel.engines.deepspeed_config import read_settings
 from spt_dist.parallel.engines.fsdp import FSDPEngine
 from spt_dist.parallel.engines.optimizers import OptimizerSettings
 from spt_dist.parallel.units import find_units
+from spt_dist.sections import EngineConfig
 
 ENGINES = {"ddp": DDPEngine, "fsdp": FSDPEngine, "deepspeed": DeepSpeedEngine}
 ZERO_STAGES = (0, 1, 2, 3)

@@ -7,9 +7,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from spt_dist.config import EngineConfig
 from spt_dist.parallel.engines.optimizers import OptimizerSettings
 from spt_dist.parallel.engines.torch_engine import TorchEngine
+from spt_dist.sections import EngineConfig
 
 
 class DDPEngine(TorchEngine):

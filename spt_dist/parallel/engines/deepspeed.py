@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spt_dist.compat import start_deepspeed
-from spt_dist.config import EngineConfig
 from spt_dist.models.sharded import whole_shape
 from spt_dist.parallel.engines.base import Engine, State, keep_on_rank_0, read_buffers, write_buffers
 from spt_dist.parallel.engines.deepspeed_config import deepspeed_config
 from spt_dist.parallel.engines.optimizers import OptimizerSettings, build_optimizer
+from spt_dist.sections import EngineConfig
 from spt_dist.tuning.inject import trainable_parameters
 
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spt_dist.config import EngineConfig
 from spt_dist.errors import UserError
+from spt_dist.sections import EngineConfig
 
 # Key of a DeepSpeed config -> where the run's own config says the same.
 _OURS = {

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from spt_dist.config import EngineConfig
 from spt_dist.parallel.engines.optimizers import OptimizerSettings
 from spt_dist.parallel.engines.torch_engine import TorchEngine
+from spt_dist.sections import EngineConfig
 from spt_dist.tuning.inject import trainable_parameters
 
 

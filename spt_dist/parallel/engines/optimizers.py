@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from spt_dist.allocation.plan import Plan
-from spt_dist.config import TrainConfig
 from spt_dist.models.sharded import whole_shape
+from spt_dist.sections import TrainConfig
 from spt_dist.tuning.inject import trainable_parameters
 
 # What each optimizer remembers of a parameter.

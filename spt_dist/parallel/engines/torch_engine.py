@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spt_dist.config import EngineConfig
 from spt_dist.models.sharded import fill, whole_value
 from spt_dist.parallel.engines.base import Engine, State, keep_on_rank_0, read_buffers, write_buffers
 from spt_dist.parallel.engines.optimizers import OptimizerSettings, build_optimizer
 from spt_dist.parallel.engines.scaler import read_scaler, write_scaler
+from spt_dist.sections import EngineConfig
 from spt_dist.tuning.inject import trainable_parameters
 
 
