@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 from _memory import peak_bytes, reset_peak
 from _ranks import run_ranks  # type: ignore[import-not-found]
 from _training import ENGINES, make_trainer  # type: ignore[import-not-found]
-from spt_dist.data.batches import load_batches
+from spt_dist.data.loader import load_batches
 from spt_dist.sections import ModelConfig, RunConfig, SensitivityConfig, TrainConfig
 from spt_dist.tables import format_table
 from spt_dist.training.dry_run import plan_run
@@ -68,7 +68,7 @@ def grow(engine: str) -> tuple[int, int]:
     with torch.device("meta"):
         plan = make_plan(LORA["type"], timm.create_model(name, num_classes=NUM_CLASSES), rank=LORA["rank"])
     trainer = make_trainer(name, engine, plan, TensorDataset(samples, labels), NUM_CLASSES)
-    batch = next(iter(load_batches(trainer.task.train, trainer.batches.deal(), trainer.device)))
+    batch = next(iter(load_batches(trainer.task.train, trainer.batches.epoch(), trainer.device)))
     # DeepSpeed knows in which order it needs the weights after two steps, AdamW has its moments after one.
     for _ in range(2):
         trainer.train_step(batch, 1e-3)

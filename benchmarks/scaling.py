@@ -34,7 +34,7 @@ from _record import record
 from _traffic import ALL_GATHER, ALL_REDUCE, REDUCE, REDUCE_SCATTER, Traffic, isolate, loopback_bytes  # type: ignore[import-not-found]
 from _training import ENGINES, make_trainer  # type: ignore[import-not-found]
 from spt_dist import Plan
-from spt_dist.data.batches import load_batches
+from spt_dist.data.loader import load_batches
 from spt_dist.tables import format_table
 from spt_dist.tuning.methods import make_plan
 
@@ -75,7 +75,7 @@ def train(case: Case) -> Measured:
     size = ranks * case.batch_size
     samples = TensorDataset(torch.randn(size, 3, 224, 224), torch.randint(NUM_CLASSES, (size,)))
     trainer = make_trainer(case.model, case.engine, plan, samples, NUM_CLASSES)
-    batch = next(iter(load_batches(samples, trainer.batches.deal(), trainer.device)))
+    batch = next(iter(load_batches(samples, trainer.batches.epoch(), trainer.device)))
     seconds, cpu_seconds = [], []
     for _ in range(WARMUP + case.steps):
         dist.barrier()

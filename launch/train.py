@@ -1,4 +1,7 @@
-"""Train one config from scores to task file."""
+"""Train one config from scores to task file, or the configs of a suite one after another."""
+
+import argparse
+from dataclasses import replace
 
 import torch.distributed as dist
 
@@ -6,11 +9,15 @@ from _cli import add_config_options, add_data_options, describe, make_parser, re
 from spt_dist import UserError
 from spt_dist.evaluation.scores import METRIC_LABELS
 from spt_dist.parallel.launch import process_group, read_environment
+from spt_dist.report.suites import report_suites
 from spt_dist.sections import RunConfig
+from spt_dist.suites import is_suite, load_suite
 from spt_dist.training.monitor import SpeedSummary
-from spt_dist.training.pipeline import plan_dry, run_training
+from spt_dist.training.pipeline import plan_dry, run_training, with_overrides
+from spt_dist.training.suite import run_suite
 
-EXAMPLE = "deepspeed --num_accelerators 2 launch/train.py configs/quickstart/digits_spt_lora.py"
+EXAMPLE = """deepspeed --num_accelerators 2 launch/train.py configs/quickstart/digits_spt_lora.py
+  deepspeed launch/train.py configs/vtab/all.py --resume"""
 
 
 def main() -> None:
@@ -33,7 +40,13 @@ def main() -> None:
         "--ranks", type=int, metavar="N", help="with --dry-run: how many ranks (default: the launcher's)"
     )
     parser.add_argument("--memory", type=float, metavar="GIB", help="with --dry-run: the largest batch that fits")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="of a suite, run these tasks only")
     arguments = parser.parse_args()
+    if is_suite(arguments.config):
+        train_suite(arguments)
+        return
+    if arguments.tasks:
+        raise UserError(f"--tasks: {arguments.config} is one task's config, not a suite")
     config = read_config(arguments)
     if arguments.dry_run:
         tell_needs(config, arguments.ranks, arguments.memory)
@@ -51,6 +64,32 @@ def main() -> None:
                     "task file": result.task_file,
                 }
             )
+
+
+def train_suite(arguments: argparse.Namespace) -> None:
+    """Run a suite and print its table."""
+    if arguments.dry_run or arguments.resume not in (None, "auto"):
+        option = "--dry-run" if arguments.dry_run else f"--resume {arguments.resume}"
+        raise UserError(f"{option}: {arguments.config} is a suite; give this option with one task's config")
+    suite = load_suite(arguments.config, arguments.cfg_options, arguments.work_dir, arguments.tasks)
+    members = [
+        replace(
+            member,
+            config=with_overrides(
+                member.config,
+                engine=arguments.engine,
+                amp=arguments.amp,
+                skip_bad_samples=arguments.skip_bad_samples,
+            ),
+        )
+        for member in suite.members
+    ]
+    with process_group(members[0].config.engine.timeout) as group:
+        run_suite(replace(suite, members=members), arguments.resume is not None, group.watch.report, group.stop)
+        if dist.get_rank() == 0:
+            table, files = report_suites([suite.work_dir], suite.work_dir)
+            print(table)
+            describe(files)
 
 
 def tell_needs(config: RunConfig, ranks: int | None, memory_gib: float | None) -> None:

@@ -36,20 +36,49 @@ def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> R
     Raises:
         UserError: no such file; it can't be read; an unknown key; a value of the wrong type or out of range.
     """
+    path = Path(path)
+    return make_config(read_values(path, options or {}), path)
+
+
+def read_values(path: Path, *changes: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config file says, unchecked.
+
+    Args:
+        path: a Python config as mmengine reads it.
+        changes: merged in one after another: nested dicts, or dotted keys and their values.
+
+    Raises:
+        UserError: no such file, or it can't be read.
+    """
     from mmengine.config import Config
 
-    path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such config file; configs/ holds some to start from")
-    if any(key.split(".")[0] == "custom_imports" for key in options or {}):
+    if any(key.split(".")[0] == "custom_imports" for change in changes for key in change):
         raise UserError("--cfg-options custom_imports: imports come before options; write custom_imports into the file")
     try:
         content = Config.fromfile(str(path))
-        content.merge_from_dict(dict(options or {}))
+        for change in changes:
+            content.merge_from_dict(dict(change))
     # A config is a program: whatever it raises is a mistake in it, to be reported with the file's name.
     except Exception as error:
         raise UserError(f"{path}: can't be read as a config ({type(error).__name__}: {error})") from error
-    values = content.to_dict()
+    values: dict[str, Any] = content.to_dict()
+    return values
+
+
+def make_config(values: dict[str, Any], path: Path) -> RunConfig:
+    """Check what a config file says.
+
+    Args:
+        values: see ``read_values``.
+        path: where they come from.
+
+    Raises:
+        UserError: an unknown key; a value of the wrong type or out of range; or the file is of a suite.
+    """
+    if "suite" in values:
+        raise UserError(f"{path}: is a suite of several tasks; take one task's config here")
     values["work_dir"] = values.get("work_dir") or f"work_dirs/{path.stem}"
     if isinstance(values.get("sensitivity"), dict):
         values["sensitivity"] = _with_preset(values["sensitivity"])
@@ -168,6 +197,8 @@ def _check_ranges(config: RunConfig) -> None:
         "train.warmup_epochs": train.warmup_epochs,
         "train.weight_decay": train.weight_decay,
         "train.momentum": train.momentum,
+        "train.mixup": train.mixup,
+        "train.cutmix": train.cutmix,
         "log.profile_steps": config.log.profile_steps,
     }
     for name, number in not_negative.items():

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "spt_dist"
 # A folder imports only from itself and from what stands before it.
 ORDER = [
-    ("errors", "exits", "compat", "files", "tables", "progress", "sections", "config"),
+    ("errors", "exits", "compat", "files", "tables", "progress", "sections", "config", "suites"),
     ("models", "data"),
     ("sensitivity",),
     ("allocation",),

@@ -72,8 +72,8 @@ def build_ade20k(
         for split in splits:
             split.require_pairs(preparation.advice)
         samples = [split.samples for split in splits]
-    train, val = (SegmentationSet(part, preparation) for part in samples)
-    return Task(train, val, len(train), len(val), NUM_CLASSES, kind=SEGMENTATION, num_workers=num_workers)
+    train, val = (SegmentationSet(part, preparation, num_workers) for part in samples)
+    return Task(train, val, len(train), len(val), NUM_CLASSES, kind=SEGMENTATION)
 
 
 def require_extra(what: str) -> None:

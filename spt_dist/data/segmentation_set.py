@@ -1,6 +1,7 @@
 """Images with masks as samples for training and evaluation, by way of mmseg's transforms.
 
-Shape suffixes: C channels (red, green, blue), H rows, W columns. Arrays of mmseg's are HWC, and blue comes first.
+Shape suffixes: B samples, C channels (red, green, blue), H rows, W columns. Arrays of mmseg's are HWC, and
+blue comes first.
 """
 
 import random
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, get_worker_info
 
 from spt_dist.data.pairs import Pair, check_size, read_mask
-from spt_dist.data.samples import BadSampleError
+from spt_dist.data.samples import BadSampleError, Item, SampleSet
 from spt_dist.errors import UserError
 
 IGNORED: Final = 255
@@ -48,21 +49,22 @@ class Preparation:
     advice: str
 
 
-class SegmentationSet(Dataset[Any]):
-    """Images with masks. Not itself indexed: ``at_epoch`` and ``views`` are.
+class SegmentationSet(SampleSet):
+    """Images with masks: crops to train on, and whole images, ``views``, to be evaluated.
 
     Labels are int64: a class, or 255 where a pixel counts for none.
 
     Args:
         samples: mmseg's data set: where the files are, and what the classes are.
         preparation: how images become samples.
+        num_workers: processes of each rank that prepare samples; 0 for the rank's own.
 
     Raises:
         UserError: mmseg can't build the pipeline.
     """
 
-    def __init__(self, samples: BaseSegDataset, preparation: Preparation) -> None:
-        self._samples, self._preparation = samples, preparation
+    def __init__(self, samples: BaseSegDataset, preparation: Preparation, num_workers: int = 0) -> None:
+        self._samples, self._preparation, self.num_workers = samples, preparation, num_workers
         self._random = [
             build_transform(config, f"data.train_pipeline[{place}]")
             for place, config in enumerate(preparation.pipeline)
@@ -81,10 +83,6 @@ class SegmentationSet(Dataset[Any]):
         info = self._samples.get_data_info(index)
         return info["img_path"], info["seg_map_path"]
 
-    def at_epoch(self, epoch: int) -> "Crops":
-        """The samples of an epoch, through the random pipeline."""
-        return Crops(self, epoch)
-
     def views(self, scales: Sequence[float]) -> "Views":
         """The whole images, each as large as ``scales`` times ``Preparation.scale`` allows, its shape kept."""
         return Views(self, scales)
@@ -94,8 +92,15 @@ class SegmentationSet(Dataset[Any]):
         image_HWC: npt.NDArray[np.uint8] = self._load(index, self._loading)["img"]
         return np.ascontiguousarray(image_HWC[..., ::-1])
 
-    def crop(self, index: int, epoch: int) -> tuple[Tensor, Tensor]:
-        """One item of ``at_epoch(epoch)``."""
+    def item(self, epoch: int | None, index: int) -> Item:
+        """A training sample: an image, fp32 ``(3, H, W)``, and its label, int64 ``(H, W)``, of the size of a crop.
+
+        It depends on seed, epoch and index alone, and leaves the random numbers of the process as they were.
+
+        Raises:
+            UserError: the files are not what they should be, or the pipeline leaves more than a crop.
+        """
+        assert epoch is not None, "held-out images are seen whole"
         preparation = self._preparation
         with _random_state(preparation.seed, epoch, index):
             results = self._load(index, self._random)
@@ -109,6 +114,15 @@ class SegmentationSet(Dataset[Any]):
         # Only now, so that what is filled in is neither shade nor colour: 0 is the mean.
         padding = (0, missing[1], 0, missing[0])
         return F.pad(self._normalised(results["img"]), padding), F.pad(label_HW, padding, value=IGNORED)
+
+    def finish(self, inputs: Sequence[Tensor], epoch: int | None, indices: Sequence[int]) -> Tensor:
+        """Images ``(B, 3, H, W)``."""
+        return torch.stack(list(inputs))
+
+    def blank(self) -> Item:
+        """A black image, all of whose pixels are ignored."""
+        height, width = self._preparation.crop_size
+        return torch.zeros(3, height, width), torch.full((height, width), IGNORED)
 
     def whole(self, index: int, resizes: Sequence[Any]) -> tuple[list[Tensor], Tensor]:
         """One item of ``views``.
@@ -152,26 +166,6 @@ class SegmentationSet(Dataset[Any]):
     def _normalised(self, image_HWC: npt.NDArray[Any]) -> Tensor:
         image_CHW = torch.from_numpy(np.ascontiguousarray(image_HWC[..., ::-1].transpose(2, 0, 1))).float()
         return (image_CHW - self._mean_C11) / self._std_C11
-
-
-class Crops(Dataset[Any]):
-    """The training samples of one epoch.
-
-    An item is an image, fp32 ``(3, H, W)``, and its label, int64 ``(H, W)``, of the size of a crop. It depends on seed,
-    epoch and index alone, and making it leaves the random numbers of the process as they were.
-
-    Raises:
-        UserError: for an item whose files are not what they should be.
-    """
-
-    def __init__(self, samples: SegmentationSet, epoch: int) -> None:
-        self._samples, self._epoch = samples, epoch
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self._samples.crop(index, self._epoch)
 
 
 class Views(Dataset[Any]):

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from spt_dist.data.batches import GlobalBatches, load_batches
+from spt_dist.data.batches import GlobalBatches
+from spt_dist.data.loader import load_batches, order_of
 from spt_dist.data.task import Task
 from spt_dist.sensitivity.shards import all_sum, get_rank, world_size
 
@@ -26,11 +27,11 @@ def evaluate_top1(
     Returns:
         Between 0 and 1, the same on every rank.
     """
-    batches = GlobalBatches(task.num_val, batch_size, get_rank(), world_size())
+    batches = GlobalBatches(task.num_val, batch_size, get_rank(), world_size(), order=order_of(task.val))
     counts = torch.zeros(2, dtype=torch.float64, device=device)
     was_training = module.training
     module.eval()
-    for batch in load_batches(task.val, batches.deal(), device):
+    for batch in load_batches(task.val, batches.epoch(), device):
         hits = forward(batch.inputs).argmax(dim=-1) == batch.targets
         counts += torch.stack([(hits * batch.weights).sum(), batch.weights.sum()])
     module.train(was_training)

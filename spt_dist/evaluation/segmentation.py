@@ -13,7 +13,7 @@ from mmseg.evaluation import IoUMetric
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from spt_dist.data.batches import read
+from spt_dist.data.loader import read
 from spt_dist.data.segmentation_set import IGNORED, SegmentationSet
 from spt_dist.data.task import Task
 from spt_dist.evaluation.windows import Forward, enlarge, image_logits, lay_windows
@@ -97,7 +97,7 @@ def segment_images(
         held_out.views(scales),
         batch_size=None,
         sampler=mine + list(indices[:num_idle]),
-        num_workers=task.num_workers,
+        num_workers=held_out.num_workers,
         # Without one of its own the loader draws from the global one, and training would depend on being evaluated.
         generator=torch.Generator(),
     )

@@ -1,6 +1,5 @@
 """Reporting on what lies on disk: finished runs, scores, and plans."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,25 +13,17 @@ from spt_dist.report.patterns import TAUS, Patterns
 from spt_dist.report.plan_figures import draw_plan
 from spt_dist.report.plans import PLAN_ENDINGS, read_plans, report_plans
 from spt_dist.report.stage_one import report_scores
+from spt_dist.report.suites import report_suites
+from spt_dist.report.summaries import METHOD_LABELS, read_summary
 from spt_dist.sensitivity.scores import INDEX_FILE, Scores
 from spt_dist.tables import format_table
 from spt_dist.training.metrics import read_metrics
-
-METHOD_LABELS = {
-    "linear": "linear probe",
-    "lora": "LoRA",
-    "adapter": "adapter",
-    "vpt": "VPT",
-    "spt-lora": "SPT-LoRA",
-    "spt-adapter": "SPT-Adapter",
-    "spt-prompt": "SPT with prompts",
-    "spt": "SPT",
-    "full": "full fine-tuning",
-}
+from spt_dist.training.suite import SUITE_FILE
 
 
 def report_on(paths: Sequence[Path], out: Path, taus: Sequence[int | float] = TAUS) -> tuple[str, dict[str, Path]]:
-    """Write ``report.txt`` and pictures for some work dirs of ``launch/train.py``, folders of scores, and plans.
+    """Write ``report.txt`` and pictures for work dirs of ``launch/train.py``, be they of runs or of suites, folders of
+    scores, and plans.
 
     Args:
         paths: work dirs; folders of ``launch/sensitivity.py`` or ``Scores.save``; and files as ``plans.read_plans``
@@ -41,20 +32,26 @@ def report_on(paths: Sequence[Path], out: Path, taus: Sequence[int | float] = TA
         taus: numbers of most sensitive weights whose patterns are drawn, see ``patterns.resolve_taus``.
 
     Returns:
-        The tables (of the runs, for each folder of scores of its patterns, and of the plans), and what lies where:
-        description -> path.
+        The tables (of the suites, of the runs, for each folder of scores of its patterns, and of the plans), and what
+        lies where: description -> path.
 
     Raises:
         UserError: a folder holds neither a finished run nor scores; two have the same name; as ``resolve_taus`` and
-            ``plans.read_plans``.
+            ``plans.read_plans`` and ``report_suites``.
     """
     plan_files = [path for path in paths if path.suffix in PLAN_ENDINGS]
     folders = [path for path in paths if path not in plan_files]
     _check_names(folders)
     plans = read_plans(plan_files) if plan_files else {}
+    suites = [folder for folder in folders if (folder / SUITE_FILE).is_file()]
+    folders = [folder for folder in folders if folder not in suites]
     work_dirs = [folder for folder in folders if not (folder / INDEX_FILE).is_file()]
-    runs = {work_dir: _read_summary(work_dir) for work_dir in work_dirs}
-    tables, files = [], {}
+    runs = {work_dir: read_summary(work_dir) for work_dir in work_dirs}
+    tables: list[str] = []
+    files: dict[str, Path] = {}
+    if suites:
+        table, files = report_suites(suites, out)
+        tables.append(table)
     if runs:
         tables.append(_tabulate(runs))
         curves = {_label(summary, folder): read_metrics(folder / "metrics.jsonl") for folder, summary in runs.items()}
@@ -126,17 +123,3 @@ def _check_names(folders: Sequence[Path]) -> None:
 
 def _label(summary: dict[str, Any], work_dir: Path) -> str:
     return f"{METHOD_LABELS.get(summary['method'], summary['method'])} ({work_dir.absolute().name})"
-
-
-def _read_summary(work_dir: Path) -> dict[str, Any]:
-    path = work_dir / "summary.json"
-    try:
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{path}: no such file; {work_dir} holds no finished run of launch/train.py, and no scores, and is no plan "
-            f"file (*{', *'.join(PLAN_ENDINGS)})"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not readable ({error})") from error
-    return summary

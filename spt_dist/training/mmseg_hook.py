@@ -160,8 +160,8 @@ class SPTHook(Hook):
         with progress_bar("sensitivity", len(dealt), get_rank() == 0) as bar:
 
             def batches() -> Iterator[Batch]:
-                for indices, _, _ in dealt:
-                    yield from stack([self.read(dataset, index, model.data_preprocessor) for index in indices])
+                for batch in dealt:
+                    yield from stack([self.read(dataset, index, model.data_preprocessor) for index in batch.indices])
                     bar.advance()
 
             scores = estimate_sensitivity(view, batches(), view.per_image_losses, sample_ids=samples)

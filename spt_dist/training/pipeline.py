@@ -16,6 +16,8 @@ from torch import nn
 from spt_dist.allocation.allocate import allocate
 from spt_dist.allocation.plan import Plan
 from spt_dist.config import check_arguments, lookup
+from spt_dist.data.batches import deal_samples, epoch_key
+from spt_dist.data.loader import load_batches
 from spt_dist.data.task import Task
 from spt_dist.data.tasks import TASKS, build_task
 from spt_dist.errors import UserError
@@ -33,6 +35,7 @@ from spt_dist.parallel.signals import StopSignals
 from spt_dist.sections import RunConfig, TrainConfig
 from spt_dist.training.curves import check_backends
 from spt_dist.training.dry_run import DryRun, plan_run
+from spt_dist.training.mixing import make_mixing
 from spt_dist.training.monitor import SpeedSummary
 from spt_dist.training.needs import image_errors
 from spt_dist.training.profiling import check_profile
@@ -179,11 +182,14 @@ def check_setup(work_dir: Path, task: Task, config: RunConfig) -> None:
     """
     if work_dir.exists() and not work_dir.is_dir():
         raise UserError(f"{work_dir}: is a file, but results need a folder; give another (--work-dir, --out)")
-    image_CHW, _ = task.train_at(0, config.seed)[0]
+    # The first, as far as a look at one sample goes; one that is bad and left out is stood for by a blank one.
+    first = deal_samples([0], 1, 0, 1, same_batches=False, epoch=epoch_key(config.seed, 0))
+    images_BCHW = next(load_batches(task.train, first, torch.device("cpu"))).inputs
     model = create_model(config.model.name, config.model.num_classes, config.model.kwargs, torch.device("meta"))
-    with image_errors(image_CHW.shape), torch.no_grad():
-        model.eval()(image_CHW.unsqueeze(0).to("meta"))
+    with image_errors(images_BCHW.shape[1:]), torch.no_grad():
+        model.eval()(images_BCHW.to("meta"))
     _check_batches(task.num_train, config.train)
+    make_mixing(config.train, task)
     if head_buffers(model):
         _check_batch_norm(config)
 

@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -91,4 +92,24 @@ def find_commit(directory: Path) -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the work dir holds a finished run of exactly this config. Collective; rank 0 looks."""
+    found = [False]
+    if dist.get_rank() == 0:
+        work_dir = Path(config.work_dir)
+        found = [
+            (work_dir / "summary.json").is_file() and _recorded(work_dir) == json.loads(json.dumps(asdict(config)))
+        ]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def _recorded(work_dir: Path) -> Any:
+    """The merged config of the run in a work dir; ``None`` where that can't be read."""
+    try:
+        return json.loads((work_dir / "run.json").read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError):
         return None

@@ -1,5 +1,6 @@
 """Stage 1 of a run: which samples are scored, under which engine, and the plan that comes of it."""
 
+import logging
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from spt_dist.allocation.kinds import find_kind
 from spt_dist.allocation.plan import Plan
 from spt_dist.allocation.released import eligible_names, matrix_names
 from spt_dist.allocation.request import AllocationRequest
-from spt_dist.data.batches import deal_samples, load_batches
+from spt_dist.data.batches import deal_samples, epoch_key
+from spt_dist.data.loader import Skipped, load_batches, order_of
 from spt_dist.data.task import Task
 from spt_dist.errors import UserError
 from spt_dist.models.classifier import build_classifier, create_model
@@ -28,6 +30,8 @@ from spt_dist.sensitivity.scores import Scores
 from spt_dist.training.reports import Report, ignore
 from spt_dist.tuning.methods import make_plan
 from spt_dist.tuning.prompts import check_block
+
+logger = logging.getLogger(__name__)
 
 
 def method_options(config: RunConfig) -> dict[str, Any]:
@@ -58,10 +62,12 @@ def score(config: RunConfig, model: nn.Module, task: Task, report: Report = igno
     wanted = config.sensitivity
     if wanted.scores is not None:
         return load_scores(wanted.scores, model)
-    sample_ids = choose_samples(config, task.num_train)
-    rank = dist.get_rank()
+    sample_ids = choose_samples(config, task)
+    if getattr(task.train, "skip_bad", False):
+        sample_ids = _without_bad(config, task, sample_ids)
+    rank, key = dist.get_rank(), epoch_key(config.seed, 0)
     same_batches = wanted.criterion == "batch"
-    dealt = deal_samples(sample_ids, wanted.batch_size, rank, dist.get_world_size(), same_batches)
+    dealt = deal_samples(sample_ids, wanted.batch_size, rank, dist.get_world_size(), same_batches, key)
     limit = wanted.memory_limit_gib
     # Layers whose weights are kept in a shorter format run in that format.
     dtype = wanted.dtype or config.engine.frozen_dtype
@@ -70,7 +76,7 @@ def score(config: RunConfig, model: nn.Module, task: Task, report: Report = igno
     with progress_bar("sensitivity", len(dealt), rank == 0) as bar:
 
         def batches() -> Any:
-            for batch in load_batches(task.train_at(0, config.seed), dealt, device, task.num_workers):
+            for batch in load_batches(task.train, dealt, device):
                 report(0, "scoring")
                 yield batch.inputs, batch.targets
                 bar.advance()
@@ -89,7 +95,7 @@ def score(config: RunConfig, model: nn.Module, task: Task, report: Report = igno
             )
         except NotFiniteError as error:
             theirs = deal_samples(sample_ids, wanted.batch_size, error.rank, dist.get_world_size(), same_batches)
-            sample = [sample for batch, _, _ in theirs for sample in batch][error.position]
+            sample = [sample for batch in theirs for sample in batch.indices][error.position]
             raise UserError(f"{error.where}, for training sample {sample}") from error
 
 
@@ -112,19 +118,48 @@ def load_scores(folder: str, model: nn.Module) -> Scores:
     return scores
 
 
-def choose_samples(config: RunConfig, num_train: int) -> list[int]:
+def choose_samples(config: RunConfig, task: Task) -> list[int]:
     """Indices of the training samples that stage 1 scores, ascending.
+
+    A random choice is by the run's seed: among all samples; or, of samples in shards, those that a shuffled epoch would
+    begin with, so that few shards are read.
 
     Raises:
         UserError: a random choice of more samples than there are.
     """
-    wanted = config.sensitivity
+    wanted, num_train = config.sensitivity, task.num_train
     if wanted.sample_order == "file":
         return list(range(min(wanted.num_samples, num_train)))
     if wanted.num_samples > num_train:
         raise UserError(f"config: sensitivity.num_samples={wanted.num_samples}, but the task has {num_train} samples")
-    generator = torch.Generator().manual_seed(config.seed)
-    return torch.randperm(num_train, generator=generator)[: wanted.num_samples].sort().values.tolist()
+    order = order_of(task.train)
+    if order is not None:
+        shuffled = order(epoch_key(config.seed, 0))
+    else:
+        shuffled = torch.randperm(num_train, generator=torch.Generator().manual_seed(config.seed))
+    return shuffled[: wanted.num_samples].sort().values.tolist()
+
+
+def _without_bad(config: RunConfig, task: Task, sample_ids: list[int]) -> list[int]:
+    """Those samples that can be read; each is, by one rank. Collective.
+
+    Raises:
+        UserError: none can.
+    """
+    skipped, world_size = Skipped(), dist.get_world_size()
+    dealt = deal_samples(
+        sample_ids, config.sensitivity.batch_size, dist.get_rank(), world_size, False, epoch_key(config.seed, 0)
+    )
+    for _ in load_batches(task.train, dealt, torch.device("cpu"), skipped):
+        pass
+    found: list[set[int]] = [set()] * world_size
+    dist.all_gather_object(found, skipped.indices)
+    bad = set().union(*found)
+    if bad == set(sample_ids):
+        raise UserError(f"none of the {len(bad):,} training samples to be scored can be read, see the warnings above")
+    if bad:
+        logger.warning("%d of %d samples to be scored are left out", len(bad), len(sample_ids))
+    return [sample for sample in sample_ids if sample not in bad]
 
 
 def make_run_plan(

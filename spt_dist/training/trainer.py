@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spt_dist.data.batches import Batch, GlobalBatches, load_batches
+from spt_dist.data.batches import GlobalBatches
+from spt_dist.data.loader import Batch, Skipped, load_batches, order_of
 from spt_dist.data.task import Task
 from spt_dist.errors import UserError
 from spt_dist.evaluation.scores import evaluate, main_metric
@@ -27,6 +27,7 @@ from spt_dist.progress import progress_bar
 from spt_dist.sections import RunConfig
 from spt_dist.training.ema import MovingAverage
 from spt_dist.training.metrics import MetricsFile
+from spt_dist.training.mixing import make_mixing
 from spt_dist.training.monitor import Monitor, SpeedSummary
 from spt_dist.training.profiling import profiled_steps
 from spt_dist.training.reports import Report, ignore
@@ -40,7 +41,7 @@ READING_KEYS = ("root", "num_workers", "skip_bad_samples")
 # What of a config's section ``train`` the loss curve depends on, beside the batches.
 SCHEDULE_KEYS = (
     *("epochs", "iterations", "optimizer", "momentum", "lr", "head_lr_mult", "schedule", "poly_power", "min_lr"),
-    *("warmup_epochs", "warmup_lr", "weight_decay", "clip_norm", "ema"),
+    *("warmup_epochs", "warmup_lr", "weight_decay", "clip_norm", "ema", "mixup", "cutmix"),
 )
 
 
@@ -71,13 +72,16 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         train = config.train
         self.sample_losses = sample_losses(engine.module)
+        only_full, order = train.iterations is not None, order_of(task.train)
         self.batches = GlobalBatches(
-            task.num_train, train.batch_size, self.rank, self.world_size, config.seed, train.iterations is not None
+            task.num_train, train.batch_size, self.rank, self.world_size, config.seed, only_full, order
         )
+        self.skipped = Skipped()
         self.timetable = make_timetable(train, self.batches)
         lengths = self.timetable.steps_per_epoch, self.timetable.total_steps
         self.schedule = make_schedule(train, 1.0, *lengths)
         self.head_schedule = make_schedule(train, train.head_lr_mult, *lengths)
+        self.mixing = make_mixing(train, task)
         self.average = None if train.ema is None else MovingAverage(engine.module, train.ema)
         self.work_dir = Path(config.work_dir)
         self.checkpoint_dir = self.work_dir / "checkpoints"
@@ -109,29 +113,31 @@ class Trainer:
             profiled_steps(self.config.log, self.work_dir, self.rank) as profiler,
             progress_bar("training", table.total_steps, self.rank == 0, first) as bar,
         ):
-            for epoch in range(first // table.steps_per_epoch, table.num_epochs):
-                for batch in monitor.timed(self._load(epoch)):
-                    lr, head_lr = (rates.at(self.progress.num_steps) for rates in (self.schedule, self.head_schedule))
-                    loss, norm, must_stop = self.train_step(batch, lr, head_lr)
-                    step = self.progress.num_steps
-                    metrics.write(step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=norm)
-                    monitor.step(step=step, loss=loss, lr=lr, grad_norm=norm, num_samples=batch.num_global)
-                    profiler.step()
-                    bar.advance(note=f"loss {loss:.4f}")
-                    # The evaluation comes before the checkpoint: a run that goes on from there has it.
-                    best: float | None = None
-                    if table.evaluates(step):
-                        scores = self.evaluate()
-                        best = self._new_best(scores)
-                        metrics.write(step=step, epoch=epoch, **scores)
-                        monitor.evaluation(step, **scores)
-                    if table.ends_epoch(step):
-                        monitor.epoch_end(epoch)
-                    if table.saves(step) or best is not None or must_stop:
-                        self.save(monitor, best, is_needed=must_stop)
-                    if must_stop:
-                        raise self.stop.stopped(step)
+            self.engine.module.train()
+            for batch in monitor.timed(self._load()):
+                epoch = self.progress.num_steps // table.steps_per_epoch
+                lr, head_lr = (rates.at(self.progress.num_steps) for rates in (self.schedule, self.head_schedule))
+                loss, norm, must_stop = self.train_step(batch, lr, head_lr)
+                step = self.progress.num_steps
+                metrics.write(step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=norm)
+                monitor.step(step=step, loss=loss, lr=lr, grad_norm=norm, num_samples=batch.num_global)
+                profiler.step()
+                bar.advance(note=f"loss {loss:.4f}")
+                # The evaluation comes before the checkpoint: a run that goes on from there has it.
+                best: float | None = None
+                if table.evaluates(step):
+                    scores = self.evaluate()
+                    best = self._new_best(scores)
+                    metrics.write(step=step, epoch=epoch, **scores)
+                    monitor.evaluation(step, **scores)
+                if table.ends_epoch(step):
+                    monitor.epoch_end(epoch)
+                if table.saves(step) or best is not None or must_stop:
+                    self.save(monitor, best, is_needed=must_stop)
+                if must_stop:
+                    raise self.stop.stopped(step)
             self.speed = monitor.summary()
+        self._tell_skipped()
         # A run that is resumed after its last step has nothing left to train.
         return scores or self.evaluate()
 
@@ -150,10 +156,13 @@ class Trainer:
         Raises:
             UserError: loss or gradient is not finite; the parameters are as they were before the step.
         """
-        num_steps, parts = self.progress.num_steps, batch.split(self.config.train.accumulation)
+        num_steps = self.progress.num_steps
         self.report(num_steps, "training step")
         # Randomness hangs on the step alone, so a resumed run draws what the uninterrupted one would have drawn.
         torch.manual_seed((self.config.seed * 1_000_003 + num_steps) * self.world_size + self.rank)
+        if self.mixing is not None:
+            batch = self.mixing(batch)
+        parts = batch.split(self.config.train.accumulation)
         # The loss over the ranks, and how many of them were asked to stop.
         sums = torch.zeros(2, device=self.device)
         losses: list[Tensor] = []
@@ -248,17 +257,27 @@ class Trainer:
         score, best = scores[main_metric(scores)], self.progress.best_score
         return score if self.config.train.save_best and (best is None or score > best) else None
 
-    def _load(self, epoch: int) -> Iterator[Batch]:
-        """The rest of an epoch's batches, or of the run's."""
-        self.engine.module.train()
-        num_steps, table = self.progress.num_steps, self.timetable
-        rest = self.batches.deal(epoch, num_steps % table.steps_per_epoch)
-        dealt = islice(rest, max(0, table.total_steps - num_steps))
+    def _load(self) -> Iterator[Batch]:
+        """The rest of the run's batches. Those who read them ahead go on doing so at the end of an epoch."""
+        num_steps = self.progress.num_steps
+        rest = self.batches.steps(num_steps, self.timetable.total_steps)
         self.report(num_steps, "loading data")
-        dataset = self.task.train_at(epoch, self.config.seed)
-        for batch in load_batches(dataset, dealt, self.device, self.task.num_workers):
+        for batch in load_batches(self.task.train, rest, self.device, self.skipped):
+            if getattr(self.task.train, "skip_bad", False):
+                num_good = batch.weights.sum()
+                dist.all_reduce(num_good)
+                # Where no rank has a good sample, each weight is 0 and the mean shall be too.
+                batch = replace(batch, num_global=max(1, int(num_good)))
             yield batch
             self.report(self.progress.num_steps, "loading data")
+
+    def _tell_skipped(self) -> None:
+        """Log how many training samples were left out since this run began or was resumed. Collective."""
+        if getattr(self.task.train, "skip_bad", False):
+            found: list[set[int]] = [set()] * self.world_size
+            dist.all_gather_object(found, self.skipped.indices)
+            if bad := set().union(*found):
+                logger.warning("%d of %d training samples were left out", len(bad), self.task.num_train)
 
     def _not_finite(self, what: str, value: float, lr: float, batch: Batch, losses_B: Tensor) -> UserError:
         """Which samples of which rank gave no finite loss. Collective."""

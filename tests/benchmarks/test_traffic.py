@@ -15,7 +15,7 @@ import _paper
 from _paper import HYBRID, legs, payloads, sizes_of
 from _traffic import Traffic
 from spt_dist import trainable_parameters
-from spt_dist.data.batches import load_batches
+from spt_dist.data.loader import load_batches
 from spt_dist.sections import EngineConfig
 from tests.models_for_tests import make_vit
 from tests.parallel.test_engines import CPU, DDP, FSDP, ZERO, make_engine, make_trainer, name_of
@@ -141,7 +141,7 @@ def count_step(config: EngineConfig, plan: str, folder: str) -> tuple[dict[str, 
     """A third step of the trainer: payloads, bytes in rings, trained parameters."""
     engine = make_engine(config, plan)
     trainer = make_trainer(engine, config, folder)
-    batch = next(iter(load_batches(trainer.task.train, trainer.batches.deal(), CPU)))
+    batch = next(iter(load_batches(trainer.task.train, trainer.batches.epoch(), CPU)))
     for _ in range(3):
         with Traffic() as traffic:
             trainer.train_step(batch, 1e-3)

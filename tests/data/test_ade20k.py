@@ -22,7 +22,8 @@ from PIL import Image, ImageFile
 from torch import Tensor
 
 from spt_dist.data.ade20k import build_ade20k
-from spt_dist.data.batches import GlobalBatches, load_batches
+from spt_dist.data.batches import GlobalBatches
+from spt_dist.data.loader import load_batches
 from spt_dist.data.scenes import make_scenes
 from spt_dist.data.task import SEGMENTATION, Task
 from spt_dist.data.tasks import build_task
@@ -96,7 +97,7 @@ def test_training_samples_are_those_of_mmseg(scenes: Path) -> None:
     train = build(scenes, seed=5).train
     padded = []
     for epoch, index in product((0, 2), range(NUM_TRAIN)):
-        image_CHW, label_HW = train.at_epoch(epoch)[index]
+        image_CHW, label_HW = train.item(epoch, index)
         seed_as_documented(5, epoch, index)
         wanted_CHW, wanted_HW = mmseg_sample(scenes, "training", published("train"), index, CROP)
         assert torch.equal(image_CHW, wanted_CHW)
@@ -128,7 +129,7 @@ def test_views_are_those_of_mmseg_and_labels_the_files_own(scenes: Path) -> None
 def test_set_describes_itself(scenes: Path) -> None:
     task = build(scenes, num_workers=3)
     assert (task.num_train, task.num_val, task.num_classes) == (NUM_TRAIN, NUM_VAL, 150)
-    assert (task.kind, task.num_workers) == (SEGMENTATION, 3)
+    assert (task.kind, task.train.num_workers) == (SEGMENTATION, 3)
     assert (task.train.classes[0], task.train.classes[149], len(task.train.classes)) == ("wall", "flag", 150)
     assert (task.train.palette[2], len(task.train.palette)) == ([6, 230, 230], 150)
     image, mask = task.val.paths(1)
@@ -148,7 +149,7 @@ def test_flip_moves_image_and_label(scenes: Path) -> None:
     flipped = build(scenes, crop_size=WHOLE, train_pipeline=[*LOADING, flip]).train
     for index in range(3):
         height, width = plain.picture(index).shape[:2]
-        for whole, mirrored in zip(plain.at_epoch(0)[index], flipped.at_epoch(0)[index], strict=True):
+        for whole, mirrored in zip(plain.item(0, index), flipped.item(0, index), strict=True):
             inner, inner_mirrored = whole[..., :height, :width], mirrored[..., :height, :width]
             assert torch.equal(inner.flip(-1), inner_mirrored)
             assert not torch.equal(inner, inner_mirrored)
@@ -157,19 +158,19 @@ def test_flip_moves_image_and_label(scenes: Path) -> None:
 def test_default_pipeline_draws_both_flips(scenes: Path) -> None:
     """And so do other draws differ: no two of many epochs have the same crop."""
     train = build(scenes).train
-    crops = {train.at_epoch(epoch)[0][0].numpy().tobytes() for epoch in range(12)}
+    crops = {train.item(epoch, 0)[0].numpy().tobytes() for epoch in range(12)}
     assert len(crops) == 12
 
 
 def test_item_depends_on_seed_epoch_and_index_alone(scenes: Path) -> None:
     train = build(scenes).train
-    wanted = [train.at_epoch(3)[index] for index in range(NUM_TRAIN)]
+    wanted = [train.item(3, index) for index in range(NUM_TRAIN)]
     np.random.seed(99)
     random.seed(99)
-    again = build(scenes).train.at_epoch(3)
-    train.at_epoch(1)[0]
-    assert all(same(again[index], wanted[index]) for index in reversed(range(NUM_TRAIN)))
-    others = [train.at_epoch(4)[0], build(scenes, seed=1).train.at_epoch(3)[0], train.at_epoch(0)[3]]
+    again = build(scenes).train
+    train.item(1, 0)
+    assert all(same(again.item(3, index), wanted[index]) for index in reversed(range(NUM_TRAIN)))
+    others = [train.item(4, 0), build(scenes, seed=1).train.item(3, 0), train.item(0, 3)]
     assert not any(same(other, wanted[0]) for other in others)
 
 
@@ -177,12 +178,12 @@ def test_item_depends_on_seed_epoch_and_index_alone(scenes: Path) -> None:
 def test_random_state_of_the_process_is_left_alone(root: Path, fails: bool) -> None:
     # Of mmcv's transforms one draws from Python's own generator.
     grey = {"type": "RandomGrayscale", "prob": 0.5, "keep_channels": True}
-    train = build(root, crop_size=WHOLE, train_pipeline=[*LOADING, grey]).train.at_epoch(0)
+    train = build(root, crop_size=WHOLE, train_pipeline=[*LOADING, grey]).train
     if fails:
         Path(build(root).train.paths(0)[0]).write_bytes(b"no image")
     before = np.random.get_state(), random.getstate(), torch.get_rng_state()
     try:
-        train[0]
+        train.item(0, 0)
         assert not fails
     except UserError:
         assert fails
@@ -197,7 +198,7 @@ def test_python_s_own_random_numbers_follow_from_the_index_too(scenes: Path) -> 
 
     def is_grey(epoch: int) -> bool:
         train = build(scenes, crop_size=WHOLE, train_pipeline=[*LOADING, grey], mean=(0, 0, 0), std=(1, 1, 1)).train
-        image_CHW = train.at_epoch(epoch)[0][0]
+        image_CHW = train.item(epoch, 0)[0]
         return bool((image_CHW[0] == image_CHW[1]).all())
 
     random.seed(0)
@@ -208,31 +209,31 @@ def test_python_s_own_random_numbers_follow_from_the_index_too(scenes: Path) -> 
 
 
 def test_ranks_and_workers_make_the_same_samples(scenes: Path) -> None:
-    samples = build(scenes).train.at_epoch(1)
     cpu = torch.device("cpu")
     seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for world_size, num_workers in ((1, 0), (2, 2)):
         for rank in range(world_size):
-            batches = GlobalBatches(NUM_TRAIN, 4, rank, world_size, seed=0).deal()
-            for batch in load_batches(samples, batches, cpu, num_workers):
+            batches = GlobalBatches(NUM_TRAIN, 4, rank, world_size, seed=0).epoch()
+            for batch in load_batches(build(scenes, num_workers=num_workers).train, batches, cpu):
                 for place, index in enumerate(batch.samples):
                     seen.setdefault(index, []).append((batch.inputs[place], batch.targets[place]))
     assert sorted(seen) == list(range(NUM_TRAIN))
-    assert all(same(copy, samples[index]) for index, copies in seen.items() for copy in copies)
+    samples = build(scenes).train
+    assert all(same(copy, samples.item(0, index)) for index, copies in seen.items() for copy in copies)
 
 
 def test_sets_can_be_pickled(scenes: Path) -> None:
     """Workers that are spawned get them so."""
     task = build(scenes)
-    crops, views = pickle.loads(pickle.dumps((task.train.at_epoch(2), task.val.views([0.5]))))
-    assert same(crops[1], task.train.at_epoch(2)[1])
+    crops, views = pickle.loads(pickle.dumps((task.train, task.val.views([0.5]))))
+    assert same(crops.item(2, 1), task.train.item(2, 1))
     assert torch.equal(views[0][0][0], task.val.views([0.5])[0][0][0])
 
 
 def test_own_pipeline_may_end_as_mmseg_s_do(scenes: Path) -> None:
     """Its packing is left out, and `reduce_zero_label` in it is what holds anyway."""
-    own = build(scenes, train_pipeline=published("train")).train.at_epoch(0)
-    assert same(own[0], build(scenes).train.at_epoch(0)[0])
+    own = build(scenes, train_pipeline=published("train")).train
+    assert same(own.item(0, 0), build(scenes).train.item(0, 0))
 
 
 def test_config_section_is_checked(scenes: Path) -> None:
@@ -276,7 +277,7 @@ def test_pipeline_without_crop(scenes: Path) -> None:
     with pytest.raises(
         UserError, match=r"train_pipeline leaves \(\d+, \d+\) pixels of .*0001\.jpg.*\(20, 20\).*RandomC"
     ):
-        build(scenes, crop_size=(20, 20), train_pipeline=LOADING).train.at_epoch(0)[0]
+        build(scenes, crop_size=(20, 20), train_pipeline=LOADING).train.item(0, 0)
 
 
 def test_extra_is_missing(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,7 +416,7 @@ def test_bad_sample_is_named_where_it_is_read(root: Path, case: str) -> None:
     path = damage(root, case)
     task = build(root)
     with pytest.raises(UserError, match=DAMAGES[case][2]) as crop:
-        task.train.at_epoch(0)[1]
+        task.train.item(0, 1)
     with pytest.raises(UserError, match=DAMAGES[case][2]) as view:
         task.train.views([1.0])[1]
     for error in (crop, view):
@@ -423,7 +424,7 @@ def test_bad_sample_is_named_where_it_is_read(root: Path, case: str) -> None:
         assert f"(--skip-bad-samples); `python launch/prepare_data.py ade20k --check {root}`" in str(error.value)
         assert "\n" not in str(error.value)
     # The others are there.
-    assert task.train.at_epoch(0)[0][0].shape == (3, *CROP)
+    assert task.train.item(0, 0)[0].shape == (3, *CROP)
 
 
 @pytest.mark.parametrize("case", DAMAGES)
@@ -434,7 +435,7 @@ def test_bad_sample_is_left_out(root: Path, case: str, caplog: pytest.LogCapture
     assert (task.num_train, task.num_val, len(task.train)) == (NUM_TRAIN - 1, NUM_VAL, NUM_TRAIN - 1)
     kept = [task.train.paths(index)[0][-5:] for index in range(len(task.train))]
     assert kept == ["1.jpg", "3.jpg", "4.jpg", "5.jpg", "6.jpg", "7.jpg"]
-    assert [task.train.at_epoch(0)[index][0].shape for index in range(len(kept))] == [(3, *CROP)] * len(kept)
+    assert [task.train.item(0, index)[0].shape for index in range(len(kept))] == [(3, *CROP)] * len(kept)
     (record,) = caplog.records
     assert "1 bad training samples are left out, 6 remain" in record.getMessage()
     assert str(path) in record.getMessage()
@@ -442,15 +443,15 @@ def test_bad_sample_is_left_out(root: Path, case: str, caplog: pytest.LogCapture
 
 def test_error_of_a_worker_names_the_file(root: Path) -> None:
     path = damage(root, "mask has 151")
-    batches = GlobalBatches(NUM_TRAIN, 4).deal()
+    batches = GlobalBatches(NUM_TRAIN, 4, seed=0).epoch()
     with pytest.raises(UserError, match=str(path)):
-        list(load_batches(build(root).train.at_epoch(0), batches, torch.device("cpu"), num_workers=1))
+        list(load_batches(build(root, num_workers=1).train, batches, torch.device("cpu")))
 
 
 def test_good_though_unusual_files_are_taken(root: Path) -> None:
     images = sorted((root / "images/training").iterdir())
     mask = root / "annotations/training/ADE_train_00000001.png"
-    wanted = [build(root).train.at_epoch(0)[index][1] for index in range(5)]
+    wanted = [build(root).train.item(0, index)[1] for index in range(5)]
     indexed = Image.open(mask)
     indexed.load()
     indexed.putpalette([5, 6, 7] * 256)
@@ -469,7 +470,7 @@ def test_good_though_unusual_files_are_taken(root: Path) -> None:
         image.convert("L").save(images[4])
     task = build(root, skip_bad_samples=True)
     assert task.num_train == NUM_TRAIN
-    assert all(torch.equal(task.train.at_epoch(0)[index][1], wanted[index]) for index in range(5))
+    assert all(torch.equal(task.train.item(0, index)[1], wanted[index]) for index in range(5))
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -542,4 +543,4 @@ def test_unreadable_file(root: Path) -> None:
     path = root / "images/training/ADE_train_00000001.jpg"
     path.chmod(0)
     with pytest.raises(UserError, match=r"0001\.jpg: can't be read \(Permission denied\)"):
-        build(root).train.at_epoch(0)[0]
+        build(root).train.item(0, 0)

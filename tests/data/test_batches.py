@@ -6,11 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from spt_dist import UserError
-from spt_dist.data.batches import GlobalBatches, deal_samples, load_batches
+from spt_dist.data.batches import GlobalBatches, deal_samples
 from spt_dist.data.digits import build_digits
+from spt_dist.data.loader import load_batches
 
 
 @settings(max_examples=100, deadline=None)
@@ -18,17 +20,17 @@ from spt_dist.data.digits import build_digits
 def test_ranks_together_see_each_sample_once_in_the_same_global_batches(
     num_samples: int, batch_size: int, world_size: int, seed: int | None, epoch: int
 ) -> None:
-    whole = [indices for indices, _, _ in GlobalBatches(num_samples, batch_size, seed=seed).deal(epoch)]
+    whole = [dealt.indices for dealt in GlobalBatches(num_samples, batch_size, seed=seed).deal(epoch)]
     assert sorted(index for batch in whole for index in batch) == list(range(num_samples))
     ranks = [
         list(GlobalBatches(num_samples, batch_size, rank, world_size, seed).deal(epoch)) for rank in range(world_size)
     ]
     for step, batch in enumerate(whole):
         parts = [rank[step] for rank in ranks]
-        counted = [i for indices, weights, _ in parts for i, weight in zip(indices, weights, strict=True) if weight]
+        counted = [i for part in parts for i, weight in zip(part.indices, part.weights, strict=True) if weight]
         assert sorted(counted) == sorted(batch)
-        assert len({len(indices) for indices, _, _ in parts}) == 1, "every rank runs batches of the same size"
-        assert {num_global for _, _, num_global in parts} == {len(batch)}
+        assert len({len(part.indices) for part in parts}) == 1, "every rank runs batches of the same size"
+        assert {part.num_global for part in parts} == {len(batch)}
 
 
 @settings(max_examples=100, deadline=None)
@@ -38,16 +40,18 @@ def test_one_pass_deals_every_sample_once(num_samples: int, batch_size: int, wor
     wanted = [samples[start : start + batch_size] for start in range(0, num_samples, batch_size)]
     for same_batches in (True, False):
         ranks = [deal_samples(samples, batch_size, rank, world_size, same_batches) for rank in range(world_size)]
-        batches = [batch for rank in ranks for batch, _, _ in rank]
+        batches = [dealt.indices for rank in ranks for dealt in rank]
         assert sorted(sample for batch in batches for sample in batch) == samples
-        assert all(weights == [1.0] * size == [1.0] * len(batch) for rank in ranks for batch, weights, size in rank)
+        assert all(
+            each.weights == [1.0] * each.num_global == [1.0] * len(each.indices) for rank in ranks for each in rank
+        )
         if same_batches:
             assert sorted(batches) == wanted
-            assert all(rank == sorted(rank) for rank in ranks)
+            assert all(rank == sorted(rank, key=lambda dealt: dealt.indices) for rank in ranks)
         else:
-            sizes = [sum(size for _, _, size in rank) for rank in ranks]
+            sizes = [sum(dealt.num_global for dealt in rank) for rank in ranks]
             assert max(sizes) - min(sizes) <= 1
-            assert all(size <= batch_size for rank in ranks for _, _, size in rank)
+            assert all(dealt.num_global <= batch_size for rank in ranks for dealt in rank)
 
 
 def test_epochs_differ_and_repeat() -> None:
@@ -60,7 +64,7 @@ def test_epochs_differ_and_repeat() -> None:
 
 def test_batches_carry_the_samples() -> None:
     dataset = TensorDataset(torch.arange(10.0).unsqueeze(1), torch.arange(10))
-    for batch in load_batches(dataset, GlobalBatches(10, 4, rank=1, world_size=2).deal(), torch.device("cpu")):
+    for batch in load_batches(dataset, GlobalBatches(10, 4, rank=1, world_size=2).epoch(), torch.device("cpu")):
         assert torch.equal(batch.inputs.flatten().long(), batch.targets)
         assert batch.weights.sum() == len(batch.targets)
 
@@ -81,17 +85,20 @@ def test_digits_are_split_without_overlap() -> None:
 class Unreadable(Dataset[Any]):
     """Its third sample is a mistake of the user's."""
 
-    def __getitem__(self, index: int) -> tuple[float, int]:
+    def __init__(self, num_workers: int) -> None:
+        self.num_workers = num_workers
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if index == 2:
             raise UserError("images/3.jpg: is cut off; mend it")
-        return 1.0, index
+        return torch.ones(1), index
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_bad_sample_is_told_in_one_line_also_by_a_worker(num_workers: int) -> None:
-    dealt = GlobalBatches(4, 2).deal()
+    dealt = GlobalBatches(4, 2).epoch()
     with pytest.raises(UserError) as raised:
-        list(load_batches(Unreadable(), dealt, torch.device("cpu"), num_workers))
+        list(load_batches(Unreadable(num_workers), dealt, torch.device("cpu")))
     assert str(raised.value) == "images/3.jpg: is cut off; mend it"
 
 
@@ -100,5 +107,5 @@ def test_only_full_batches_leave_out_the_rest_of_an_epoch(num_samples: int, batc
     batches = GlobalBatches(num_samples, batch_size, seed=1, only_full=True)
     dealt = list(batches.deal())
     assert len(dealt) == batches.steps_per_epoch == num_samples // batch_size
-    assert all(len(indices) == batch_size == num_global for indices, _, num_global in dealt)
+    assert all(len(each.indices) == batch_size == each.num_global for each in dealt)
     assert dealt == list(GlobalBatches(num_samples, batch_size, seed=1).deal())[: len(dealt)]

@@ -64,6 +64,7 @@ class FakeSet:
     """As ``spt_dist.data.ade20k.SegmentationSet``: coloured noise, labelled in blocks, partly ignored."""
 
     classes, palette = CLASSES, PALETTE
+    num_workers = 0
 
     def __init__(self, sizes: Sequence[tuple[int, int]] = tuple(SIZES)) -> None:
         generator = torch.Generator().manual_seed(1)

@@ -121,7 +121,7 @@ def test_many_classes_take_several_rows_and_none_is_cut_off() -> None:
 
 def make_task() -> Task:
     held_out: Any = FakeSet(SIZES)
-    return Task(held_out, held_out, len(SIZES), len(SIZES), len(CLASSES), "segmentation", 0)
+    return Task(held_out, held_out, len(SIZES), len(SIZES), len(CLASSES), "segmentation")
 
 
 def write(folder: str, count: int) -> list[Path]:

@@ -29,7 +29,8 @@ SCALES = (0.5, 1.0, 1.75)
 
 def make_task(sizes: list[tuple[int, int]] = SIZES, num_workers: int = 0) -> Task:
     samples: Any = FakeSet(sizes)
-    return Task(samples, samples, len(samples), len(samples), len(CLASSES), "segmentation", num_workers)
+    samples.num_workers = num_workers
+    return Task(samples, samples, len(samples), len(samples), len(CLASSES), "segmentation")
 
 
 def mmseg_samples(model: nn.Module, views: list[Tensor], size: tuple[int, int], flips: tuple[bool, ...]) -> list[Any]:
@@ -169,7 +170,7 @@ def test_areas_of_more_pixels_than_fp32_can_count(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(segmentation, "segment_images", lambda *_: [(0, prediction_HW, label_HW)] * 5)
     monkeypatch.setattr(segmentation.IoUMetric, "intersect_and_union", staticmethod(areas))
     net = TinyNet(WHOLE)
-    task: Any = Task(None, None, 5, 5, 2, "segmentation", 0)  # type: ignore[arg-type]
+    task: Any = Task(None, None, 5, 5, 2, "segmentation")  # type: ignore[arg-type]
     assert evaluate_miou(net, net, task, CPU)["mIoU"] == pytest.approx((25e6 + 4) / (25e6 + 8), rel=1e-12)
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from spt_dist import Plan, UserError, inject, trainable_parameters
-from spt_dist.data.batches import load_batches
+from spt_dist.data.loader import load_batches
 from spt_dist.data.task import Task
 from spt_dist.models.classifier import create_model
 from spt_dist.models.matrices import take_inventory
@@ -316,7 +316,7 @@ def train_on_nan(config: EngineConfig, accumulation: int) -> str:
     trainer = make_trainer(engine, config, "unused", accumulation=accumulation)
     task = replace(make_task(), train=TensorDataset(images, labels))
     try:
-        for batch in load_batches(task.train, trainer.batches.deal(0), CPU):
+        for batch in load_batches(task.train, trainer.batches.epoch(), CPU):
             before = {name: value.clone() for name, value in engine.trained()}
             trainer.train_step(batch, 1e-2)
     except UserError as error:

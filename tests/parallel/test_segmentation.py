@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spt_dist.data.ade20k import build_ade20k
-from spt_dist.data.batches import GlobalBatches, load_batches
+from spt_dist.data.batches import GlobalBatches
+from spt_dist.data.loader import load_batches
 from spt_dist.data.scenes import make_scenes
 from spt_dist.data.task import Task
 from spt_dist.models.matrices import find_heads, head_buffers, in_modules
@@ -115,24 +116,20 @@ def plain_training(root: str) -> dict[str, Tensor]:
         lr=0.05,
         momentum=0.9,
     )
-    task, step = make_task(root), 0
+    task = make_task(root)
     batches = GlobalBatches(9, BATCH, seed=5, only_full=True)
     model.train()
-    for epoch in range(4):
-        for batch in load_batches(task.train_at(epoch, 5), batches.deal(epoch), CPU):
-            if step == STEPS:
-                break
-            for group in optimizer.param_groups:
-                group["lr"] = (0.05 * group["factor"] - 1e-3) * (1 - step / (STEPS - 1)) ** 0.9 + 1e-3
-            loss: Any = 0
-            for weight, logits in zip((1.0, 0.4), model(batch.inputs), strict=True):
-                large = F.interpolate(logits, (32, 32), mode="bilinear", align_corners=False)
-                # mmseg's mean is over all pixels, those without a label too.
-                loss += weight * F.cross_entropy(large, batch.targets, ignore_index=255, reduction="none").mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            step += 1
+    for step, batch in enumerate(load_batches(task.train, batches.steps(0, STEPS), CPU)):
+        for group in optimizer.param_groups:
+            group["lr"] = (0.05 * group["factor"] - 1e-3) * (1 - step / (STEPS - 1)) ** 0.9 + 1e-3
+        loss: Any = 0
+        for weight, logits in zip((1.0, 0.4), model(batch.inputs), strict=True):
+            large = F.interpolate(logits, (32, 32), mode="bilinear", align_corners=False)
+            # mmseg's mean is over all pixels, those without a label too.
+            loss += weight * F.cross_entropy(large, batch.targets, ignore_index=255, reduction="none").mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     state = {f"param/{name}": parameter.detach() for name, parameter in trainable_parameters(model)}
     state |= {f"buffer/{name}": buffer for name, buffer in head_buffers(model).items()}
     names = {id(parameter): name for name, parameter in trainable_parameters(model)}

@@ -1,0 +1,260 @@
+"""Reading dealt batches, in worker processes or in the rank's own.
+
+Shape suffixes: B samples.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, islice
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+
+from spt_dist.data.batches import Dealt, Order
+from spt_dist.data.samples import BadSampleError, Item, SampleSet, StreamedSet
+from spt_dist.errors import UserError
+
+AnySet = SampleSet | StreamedSet | Dataset[Any]
+
+# Batches that workers read ahead, for each of them.
+_READ_AHEAD: Final = 2
+_NUM_NAMED: Final = 10
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's part of one global batch.
+
+    Attributes:
+        inputs: ``(B, ...)``.
+        targets: ``(B,)``, or ``(B, H, W)`` for segmentation.
+        weights: fp32 ``(B,)``: 1 for a sample, 0 for one that only fills up the rank's part.
+        num_global: samples of the global batch, over all ranks.
+        samples: ids of the samples in the data set.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    weights: Tensor
+    num_global: int
+    samples: list[int]
+
+    def split(self, num_parts: int) -> "list[Batch]":
+        """Equal parts of it, of the same global batch; fewer where there are fewer samples."""
+        size = -(-len(self.samples) // num_parts)
+        cuts = [slice(start, start + size) for start in range(0, len(self.samples), size)]
+        return [
+            Batch(self.inputs[cut], self.targets[cut], self.weights[cut], self.num_global, self.samples[cut])
+            for cut in cuts
+        ]
+
+
+class Skipped:
+    """Bad samples that were left out. The first few are named in the log, each once.
+
+    Attributes:
+        indices: of these samples in their set.
+    """
+
+    def __init__(self) -> None:
+        self.indices: set[int] = set()
+
+    def add(self, index: int, problem: str) -> None:
+        """Count a sample."""
+        if index not in self.indices and len(self.indices) <= _NUM_NAMED:
+            more = " (others are counted without being named)" if len(self.indices) == _NUM_NAMED else ""
+            _logger.warning("left out: %s%s", problem, more)
+        self.indices.add(index)
+
+
+def order_of(dataset: AnySet) -> Order | None:
+    """The order that a data set wants to be read in, for ``GlobalBatches``."""
+    return dataset.order if isinstance(dataset, StreamedSet) else None
+
+
+def load_batches(
+    dataset: AnySet, batches: Iterable[Dealt], device: torch.device, skipped: Skipped | None = None
+) -> Iterator[Batch]:
+    """Read the samples of each batch.
+
+    Args:
+        dataset: the samples; of a map-style data set of torch's an item is ``(input, target)``.
+        batches: something that can be gone through several times.
+        device: where the tensors go.
+        skipped: is told of bad samples, where the data set leaves them out; they get weight 0.
+
+    Raises:
+        UserError: a sample can't be read, and the data set does not leave such samples out.
+    """
+    num_workers = getattr(dataset, "num_workers", 0)
+    num_parts = max(1, num_workers)
+    loader = DataLoader(
+        _Parts(dataset, batches),
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=_as_is,
+        # Without one of its own the loader draws from the global one, and training would depend on being evaluated.
+        generator=torch.Generator(),
+        prefetch_factor=_READ_AHEAD * num_workers if num_workers else None,
+        pin_memory=device.type == "cuda" and num_workers > 0,
+    )
+    parts, skipped = read(loader), skipped or Skipped()
+    for dealt in batches:
+        yield _assemble(dataset, dealt, list(islice(parts, num_parts)), device, skipped)
+
+
+def read(loader: DataLoader[Any]) -> Iterator[Any]:
+    """What a loader yields; a mistake of the user's that one of its workers met is told as the rank itself would.
+
+    Raises:
+        UserError: a sample can't be read.
+    """
+    try:
+        yield from loader
+    except UserError as error:
+        # torch raises a worker's error again with the worker's traceback as its text.
+        for kind in (BadSampleError, UserError):
+            _, found, text = str(error).rpartition(f"{kind.__module__}.{kind.__name__}: ")
+            if found:
+                raise UserError(text.strip()) from error
+        raise
+
+
+@dataclass
+class _Part:
+    """What one worker has read of a batch.
+
+    Attributes:
+        places: of its samples in the rank's part.
+        inputs: of these; one tensor where all have one shape.
+        targets: of these, ``(B, ...)``; ``None`` if there are none.
+        problems: place of a bad sample -> what is wrong with it.
+    """
+
+    places: list[int]
+    inputs: Tensor | list[Tensor]
+    targets: Tensor | None
+    problems: dict[int, str] = field(default_factory=dict)
+
+    def pin_memory(self) -> "_Part":
+        """Called by the loader where batches go to a GPU."""
+        inputs, targets = self.inputs, self.targets
+        pinned = inputs.pin_memory() if isinstance(inputs, Tensor) else [each.pin_memory() for each in inputs]
+        return _Part(self.places, pinned, None if targets is None else targets.pin_memory(), self.problems)
+
+
+class _Parts(IterableDataset[_Part]):
+    """What each worker reads: for every batch one part, be it empty, so that parts of one batch come in turn."""
+
+    def __init__(self, dataset: AnySet, batches: Iterable[Dealt]) -> None:
+        self._dataset, self._batches = dataset, batches
+
+    def __iter__(self) -> Iterator[_Part]:
+        worker = get_worker_info()
+        part, num_parts = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for epoch, batches in groupby(self._batches, key=lambda dealt: dealt.epoch):
+            yield from self._read_epoch(epoch, [dealt.indices for dealt in batches], part, num_parts)
+
+    def _read_epoch(self, epoch: int | None, batches: list[list[int]], part: int, num_parts: int) -> Iterator[_Part]:
+        dataset, indices = self._dataset, [index for batch in batches for index in batch]
+        if isinstance(dataset, StreamedSet):
+            owners: Sequence[int] = dataset.parts(epoch, indices, num_parts)
+            mine = [index for index, owner in zip(indices, owners, strict=True) if owner == part]
+            items = iter(dataset.stream(epoch, mine))
+        else:
+            owners = [place % num_parts for place in range(len(indices))]
+            items = (self._item(epoch, index) for index in indices[part::num_parts])
+        owner = iter(owners)
+        for batch in batches:
+            places = [place for place, of in enumerate(islice(owner, len(batch))) if of == part]
+            yield _collate(places, list(islice(items, len(places))), dataset)
+
+    def _item(self, epoch: int | None, index: int) -> Item | BadSampleError:
+        if not isinstance(self._dataset, SampleSet):
+            item: Item = self._dataset[index]  # type: ignore[index]  # torch's map-style data sets have it
+            return item
+        try:
+            return self._dataset.item(epoch, index)
+        except BadSampleError as error:
+            return error
+
+
+def _collate(places: list[int], items: list[Item | BadSampleError], dataset: AnySet) -> _Part:
+    """Put the good samples together.
+
+    Raises:
+        BadSampleError: one is bad, and the data set does not leave it out.
+    """
+    good: list[Item] = []
+    problems: dict[int, str] = {}
+    for place, item in zip(places, items, strict=True):
+        if not isinstance(item, BadSampleError):
+            good.append(item)
+        elif getattr(dataset, "skip_bad", False):
+            problems[place] = str(item)
+        else:
+            raise item
+    inputs: Tensor | list[Tensor] = [item[0] for item in good]
+    if good and len({each.shape for each in inputs}) == 1:
+        # In a worker it stacks into memory that the rank can see.
+        inputs = default_collate([item[0] for item in good])
+    targets = default_collate([item[1] for item in good]) if good else None
+    return _Part([place for place in places if place not in problems], inputs, targets, problems)
+
+
+def _as_is(part: Any) -> Any:
+    return part
+
+
+def _assemble(dataset: AnySet, dealt: Dealt, parts: list[_Part], device: torch.device, skipped: Skipped) -> Batch:
+    """One batch from what the workers have read of it."""
+    weights = list(dealt.weights)
+    for part in parts:
+        for place, problem in part.problems.items():
+            skipped.add(dealt.indices[place], problem)
+            weights[place] = 0.0
+    read_parts = [part for part in parts if part.places] or [_blank_part(dataset)]
+    inputs = [_finish(dataset, dealt, part, device) for part in read_parts]
+    targets = [part.targets.to(device, non_blocking=True) for part in read_parts if part.targets is not None]
+    rows = {place: row for row, place in enumerate(place for part in read_parts for place in part.places)}
+    # A bad sample is replaced by any good one, without weight: so mixing images never mixes in nothing.
+    order = [rows.get(place, 0) for place in range(len(dealt.indices))]
+    return Batch(
+        inputs=_arranged(inputs, order),
+        targets=_arranged(targets, order),
+        weights=torch.tensor(weights, device=device),
+        num_global=dealt.num_global,
+        samples=dealt.indices,
+    )
+
+
+def _finish(dataset: AnySet, dealt: Dealt, part: _Part, device: torch.device) -> Tensor:
+    if isinstance(part.inputs, Tensor):
+        inputs = part.inputs.to(device, non_blocking=True)
+        if not isinstance(dataset, SampleSet | StreamedSet):
+            return inputs
+        parts: Sequence[Tensor] = list(inputs)
+    else:
+        assert isinstance(dataset, SampleSet | StreamedSet), "torch's own sets have inputs of one shape"
+        parts = [each.to(device, non_blocking=True) for each in part.inputs]
+    return dataset.finish(parts, dealt.epoch, [dealt.indices[place] for place in part.places])
+
+
+def _blank_part(dataset: AnySet) -> _Part:
+    """Where no sample of the rank's part is good."""
+    assert isinstance(dataset, SampleSet | StreamedSet), "others leave nothing out"
+    image, target = dataset.blank()
+    return _Part([0], default_collate([image]), default_collate([target]))
+
+
+def _arranged(parts: list[Tensor], order: list[int]) -> Tensor:
+    """The rows of ``parts``, one after another, in the given order."""
+    rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if order == list(range(len(rows))):
+        return rows
+    return rows[torch.tensor(order, device=rows.device)]
