@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 UV ?= uv
-EXTRAS ?= test,segmentation
+EXTRAS ?= test,segmentation,mini
 DEEPSPEED_FLAGS ?=
 
 BIN := .venv/bin
