@@ -1,12 +1,23 @@
 """ADE20K (Zhou et al. 2017), as the scene parsing challenge of 2016 has it: 150 classes."""
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from spt_dist.data.ade20k_layout import NUM_CLASSES, SPLITS
+from spt_dist.data.shards.index import INDEX_NAME
+from spt_dist.data.shards.openers import is_local, shown
+from spt_dist.data.shards.require import load_index, require_shards
 from spt_dist.data.task import SEGMENTATION, Task
 from spt_dist.errors import UserError
 
+if TYPE_CHECKING:  # it needs the extra
+    from spt_dist.data.masked_images import MaskedSettings
+    from spt_dist.data.segmentation_set import SegmentationSet
+    from spt_dist.data.segmentation_shards import SegmentationShards
+
+# As data.type="shards" has them.
+LANES, WINDOW = 16, 1000
 CHECK = "python launch/prepare_data.py ade20k --check"
 
 
@@ -24,7 +35,8 @@ def build_ade20k(
     """ADE20K, or a data set of the same layout and classes, as a segmentation task.
 
     Args:
-        root: the folder that has ``images`` and ``annotations``.
+        root: the folder that has ``images`` and ``annotations``; or what has shards of them, with an index: a folder, a
+            URL or a command, see ``shards.openers.open_stream``.
         crop_size: height and width of a training sample.
         scale: most pixels of the longer and of the shorter edge of an image; training makes it half to twice as large.
         num_workers: processes of each rank that prepare samples, beside the rank's own; 0 for none.
@@ -32,19 +44,19 @@ def build_ade20k(
         train_pipeline: mmseg's transforms from the files to the crop, instead of those that SETR was published with.
             Normalisation and filling up to ``crop_size`` follow; a ``PackSegInputs`` among them is left out.
         skip_bad_samples: leave out samples whose files are not what they should be, instead of ending where one is
-            met. All files are read for that before anything else, by all ranks together.
+            met. All files are read for that before anything else, by all ranks together; but samples in shards are
+            left out where they are met.
         seed: of the random transforms.
 
     Returns:
-        a task of ``SegmentationSet``.
+        a task of ``SegmentationSet`` or ``SegmentationShards``.
 
     Raises:
         UserError: the extra is not installed; a folder or a file of a pair is missing; no sample is left; an argument
             is out of range.
     """
     require_extra("data.type='ade20k'")
-    from spt_dist.data.ade20k_files import open_split, without_bad_samples
-    from spt_dist.data.segmentation_set import Preparation, SegmentationSet
+    from spt_dist.data.masked_images import MaskedSettings
 
     if num_workers < 0:
         raise UserError(f"config: data.num_workers={num_workers} has to be 0 or more")
@@ -56,7 +68,7 @@ def build_ade20k(
     for place, config in enumerate(pipeline):
         if not isinstance(config, dict):
             raise UserError(f"config: data.train_pipeline[{place}]={config!r} has to be a dict")
-    preparation = Preparation(
+    settings = MaskedSettings(
         crop_size=crop,
         scale=edges,
         mean=_three_channels("mean", mean, -float("inf")),
@@ -65,15 +77,52 @@ def build_ade20k(
         seed=seed,
         advice=f"mend it, or leave such samples out (--skip-bad-samples); `{CHECK} {root}` lists them all",
     )
+    in_shards = not is_local(root) or Path(root, INDEX_NAME).is_file()
+    train, val = (_from_shards if in_shards else _from_files)(root, settings, num_workers, skip_bad_samples)
+    return Task(train, val, len(train), len(val), NUM_CLASSES, kind=SEGMENTATION)
+
+
+def _from_files(root: str, settings: "MaskedSettings", num_workers: int, skip_bad: bool) -> "list[SegmentationSet]":
+    """The two sets of a folder with images and masks."""
+    from mmseg.datasets import ADE20KDataset
+
+    from spt_dist.data.ade20k_files import open_split, without_bad_samples
+    from spt_dist.data.masked_images import MaskedImages
+    from spt_dist.data.segmentation_set import SegmentationSet
+
     splits = [open_split(root, split) for split in SPLITS]
-    if skip_bad_samples:
+    if skip_bad:
         samples = [without_bad_samples(split, max(1, num_workers)) for split in splits]
     else:
         for split in splits:
-            split.require_pairs(preparation.advice)
+            split.require_pairs(settings.advice)
         samples = [split.samples for split in splits]
-    train, val = (SegmentationSet(part, preparation, num_workers) for part in samples)
-    return Task(train, val, len(train), len(val), NUM_CLASSES, kind=SEGMENTATION)
+    images = MaskedImages(settings, **ADE20KDataset.METAINFO)
+    return [SegmentationSet(part, images, num_workers) for part in samples]
+
+
+def _from_shards(root: str, settings: "MaskedSettings", num_workers: int, skip_bad: bool) -> "list[SegmentationShards]":
+    """The two sets of shards, which are looked for by all ranks together."""
+    from mmseg.datasets import ADE20KDataset
+
+    from spt_dist.data.masked_images import MaskedImages
+    from spt_dist.data.segmentation_shards import SegmentationShards
+
+    index = load_index(root)
+    if (index.kind, len(index.classes)) != (SEGMENTATION, NUM_CLASSES):
+        raise UserError(
+            f"{shown(root, INDEX_NAME)}: kind={index.kind!r} with {len(index.classes)} classes, but "
+            f"data.type='ade20k' is for {SEGMENTATION!r} with {NUM_CLASSES}"
+        )
+    images = MaskedImages(settings, **ADE20KDataset.METAINFO)
+    for split in ("train", "val"):
+        require_shards(root, index.split(split, root))
+    return [
+        SegmentationShards(
+            root, index, split, images, lanes=LANES, window=WINDOW, skip_bad=skip_bad, num_workers=num_workers
+        )
+        for split in ("train", "val")
+    ]
 
 
 def require_extra(what: str) -> None:

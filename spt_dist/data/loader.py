@@ -4,7 +4,7 @@ Shape suffixes: B samples.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from typing import Any, Final
@@ -17,6 +17,7 @@ from spt_dist.data.batches import Dealt, Order
 from spt_dist.data.samples import BadSampleError, Item, SampleSet, StreamedSet
 from spt_dist.errors import UserError
 
+Collate = Callable[[list[int], list[Item | BadSampleError], "AnySet"], Any]
 AnySet = SampleSet | StreamedSet | Dataset[Any]
 
 # Batches that workers read ahead, for each of them.
@@ -94,7 +95,7 @@ def load_batches(
     num_workers = getattr(dataset, "num_workers", 0)
     num_parts = max(1, num_workers)
     loader = DataLoader(
-        _Parts(dataset, batches),
+        _Parts(dataset, batches, _collate),
         batch_size=None,
         num_workers=num_workers,
         collate_fn=_as_is,
@@ -106,6 +107,20 @@ def load_batches(
     parts, skipped = read(loader), skipped or Skipped()
     for dealt in batches:
         yield _assemble(dataset, dealt, list(islice(parts, num_parts)), device, skipped)
+
+
+def load_items(dataset: AnySet, indices: Sequence[int]) -> Iterator[Item | BadSampleError]:
+    """Read samples one by one, as held-out ones are read; a bad one, where those are left out, is its error."""
+    num_workers = getattr(dataset, "num_workers", 0)
+    loader = DataLoader(
+        _Parts(dataset, [Dealt(None, [index], [1.0], 1) for index in indices], _keep),
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=_as_is,
+        generator=torch.Generator(),
+    )
+    for found in read(loader):
+        yield from found
 
 
 def read(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -148,19 +163,19 @@ class _Part:
         return _Part(self.places, pinned, None if targets is None else targets.pin_memory(), self.problems)
 
 
-class _Parts(IterableDataset[_Part]):
+class _Parts(IterableDataset[Any]):
     """What each worker reads: for every batch one part, be it empty, so that parts of one batch come in turn."""
 
-    def __init__(self, dataset: AnySet, batches: Iterable[Dealt]) -> None:
-        self._dataset, self._batches = dataset, batches
+    def __init__(self, dataset: AnySet, batches: Iterable[Dealt], collate: Collate) -> None:
+        self._dataset, self._batches, self._collate = dataset, batches, collate
 
-    def __iter__(self) -> Iterator[_Part]:
+    def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         part, num_parts = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for epoch, batches in groupby(self._batches, key=lambda dealt: dealt.epoch):
             yield from self._read_epoch(epoch, [dealt.indices for dealt in batches], part, num_parts)
 
-    def _read_epoch(self, epoch: int | None, batches: list[list[int]], part: int, num_parts: int) -> Iterator[_Part]:
+    def _read_epoch(self, epoch: int | None, batches: list[list[int]], part: int, num_parts: int) -> Iterator[Any]:
         dataset, indices = self._dataset, [index for batch in batches for index in batch]
         if isinstance(dataset, StreamedSet):
             owners: Sequence[int] = dataset.parts(epoch, indices, num_parts)
@@ -172,7 +187,7 @@ class _Parts(IterableDataset[_Part]):
         owner = iter(owners)
         for batch in batches:
             places = [place for place, of in enumerate(islice(owner, len(batch))) if of == part]
-            yield _collate(places, list(islice(items, len(places))), dataset)
+            yield self._collate(places, list(islice(items, len(places))), dataset)
 
     def _item(self, epoch: int | None, index: int) -> Item | BadSampleError:
         if not isinstance(self._dataset, SampleSet):
@@ -205,6 +220,18 @@ def _collate(places: list[int], items: list[Item | BadSampleError], dataset: Any
         inputs = default_collate([item[0] for item in good])
     targets = default_collate([item[1] for item in good]) if good else None
     return _Part([place for place in places if place not in problems], inputs, targets, problems)
+
+
+def _keep(places: list[int], items: list[Item | BadSampleError], dataset: AnySet) -> list[Item | BadSampleError]:
+    """The samples as they are.
+
+    Raises:
+        BadSampleError: as ``_collate``.
+    """
+    for item in items:
+        if isinstance(item, BadSampleError) and not getattr(dataset, "skip_bad", False):
+            raise item
+    return items
 
 
 def _as_is(part: Any) -> Any:

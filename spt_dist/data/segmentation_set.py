@@ -1,221 +1,90 @@
-"""Images with masks as samples for training and evaluation, by way of mmseg's transforms.
+"""Images with masks, in files, as a set of samples.
 
-Shape suffixes: B samples, C channels (red, green, blue), H rows, W columns. Arrays of mmseg's are HWC, and
-blue comes first.
+Shape suffixes: B samples, C channels (red, green, blue), H rows, W columns.
 """
 
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
 from mmseg.datasets import BaseSegDataset
-from mmseg.registry import TRANSFORMS
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
-from spt_dist.data.pairs import Pair, check_size, read_mask
-from spt_dist.data.samples import BadSampleError, Item, SampleSet
-from spt_dist.errors import UserError
-
-IGNORED: Final = 255
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """How images become samples.
-
-    Attributes:
-        crop_size: height and width of a training sample; what is smaller is filled up to it.
-        scale: most pixels of the longer and of the shorter edge of an image that is seen whole.
-        mean, std: of red, green and blue, in grey levels.
-        pipeline: configs of mmseg's transforms, from the files to the crop.
-        seed: of the random transforms.
-        advice: what can be done about a bad sample, for its error.
-    """
-
-    crop_size: tuple[int, int]
-    scale: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    pipeline: tuple[dict[str, Any], ...]
-    seed: int
-    advice: str
+from spt_dist.data.masked_images import Info, MaskedImages
+from spt_dist.data.pairs import Pair
+from spt_dist.data.samples import Item, SampleSet
 
 
 class SegmentationSet(SampleSet):
     """Images with masks: crops to train on, and whole images, ``views``, to be evaluated.
 
-    Labels are int64: a class, or 255 where a pixel counts for none.
-
     Args:
-        samples: mmseg's data set: where the files are, and what the classes are.
-        preparation: how images become samples.
+        samples: mmseg's data set: where the files are.
+        images: what is made of them.
         num_workers: processes of each rank that prepare samples; 0 for the rank's own.
-
-    Raises:
-        UserError: mmseg can't build the pipeline.
     """
 
-    def __init__(self, samples: BaseSegDataset, preparation: Preparation, num_workers: int = 0) -> None:
-        self._samples, self._preparation, self.num_workers = samples, preparation, num_workers
-        self._random = [
-            build_transform(config, f"data.train_pipeline[{place}]")
-            for place, config in enumerate(preparation.pipeline)
-        ]
-        self._loading = [build_transform({"type": name}, name) for name in ("LoadImageFromFile", "LoadAnnotations")]
-        self._mean_C11 = torch.tensor(preparation.mean).view(-1, 1, 1)
-        self._std_C11 = torch.tensor(preparation.std).view(-1, 1, 1)
-        self.classes: tuple[str, ...] = tuple(samples.metainfo["classes"])
-        self.palette: list[list[int]] = [list(colour) for colour in samples.metainfo["palette"]]
+    def __init__(self, samples: BaseSegDataset, images: MaskedImages, num_workers: int = 0) -> None:
+        self._samples, self._images, self.num_workers = samples, images, num_workers
+        self.classes, self.palette = images.classes, images.palette
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def paths(self, index: int) -> Pair:
         """Image file and mask file of a sample."""
-        info = self._samples.get_data_info(index)
+        info = self._info(index)
         return info["img_path"], info["seg_map_path"]
 
+    def label(self, index: int) -> str:
+        """What pictures of a sample are called."""
+        return self.paths(index)[0].rpartition("/")[2].rpartition(".")[0]
+
     def views(self, scales: Sequence[float]) -> "Views":
-        """The whole images, each as large as ``scales`` times ``Preparation.scale`` allows, its shape kept."""
+        """The whole images; an item is ``MaskedImages.whole``."""
         return Views(self, scales)
 
     def picture(self, index: int) -> npt.NDArray[np.uint8]:
         """The image as it is in the file: RGB uint8 ``(H, W, 3)``."""
-        image_HWC: npt.NDArray[np.uint8] = self._load(index, self._loading)["img"]
-        return np.ascontiguousarray(image_HWC[..., ::-1])
+        return self._images.picture(self._info(index))
 
     def item(self, epoch: int | None, index: int) -> Item:
-        """A training sample: an image, fp32 ``(3, H, W)``, and its label, int64 ``(H, W)``, of the size of a crop.
+        """As ``MaskedImages.crop``."""
+        return self._images.crop(self._info(index), epoch, index)
 
-        It depends on seed, epoch and index alone, and leaves the random numbers of the process as they were.
-
-        Raises:
-            UserError: the files are not what they should be, or the pipeline leaves more than a crop.
-        """
-        assert epoch is not None, "held-out images are seen whole"
-        preparation = self._preparation
-        with _random_state(preparation.seed, epoch, index):
-            results = self._load(index, self._random)
-        label_HW = torch.from_numpy(results["gt_seg_map"].astype(np.int64))
-        missing = [wanted - size for wanted, size in zip(preparation.crop_size, label_HW.shape, strict=True)]
-        if min(missing) < 0:
-            raise UserError(
-                f"config: data.train_pipeline leaves {tuple(label_HW.shape)} pixels of {self.paths(index)[0]}, more "
-                f"than data.crop_size={preparation.crop_size}; add a RandomCrop to it"
-            )
-        # Only now, so that what is filled in is neither shade nor colour: 0 is the mean.
-        padding = (0, missing[1], 0, missing[0])
-        return F.pad(self._normalised(results["img"]), padding), F.pad(label_HW, padding, value=IGNORED)
+    def whole(self, index: int, resizes: Sequence[Any]) -> tuple[list[Tensor], Tensor]:
+        """As ``MaskedImages.whole``."""
+        return self._images.whole(self._info(index), resizes)
 
     def finish(self, inputs: Sequence[Tensor], epoch: int | None, indices: Sequence[int]) -> Tensor:
         """Images ``(B, 3, H, W)``."""
         return torch.stack(list(inputs))
 
     def blank(self) -> Item:
-        """A black image, all of whose pixels are ignored."""
-        height, width = self._preparation.crop_size
-        return torch.zeros(3, height, width), torch.full((height, width), IGNORED)
+        """As ``MaskedImages.blank``."""
+        return self._images.blank()
 
-    def whole(self, index: int, resizes: Sequence[Any]) -> tuple[list[Tensor], Tensor]:
-        """One item of ``views``.
+    def resizes(self, scales: Sequence[float]) -> list[Any]:
+        """As ``MaskedImages.resizes``."""
+        return self._images.resizes(scales)
 
-        Args:
-            index: the sample.
-            resizes: transforms, each of which makes one view.
-        """
-        results = self._load(index, self._loading)
-        images = [resize({"img": results["img"]})["img"] for resize in resizes]
-        return [self._normalised(image_HWC) for image_HWC in images], torch.from_numpy(
-            results["gt_seg_map"].astype(np.int64)
-        )
-
-    def scaled_by(self, ratio: float) -> Any:
-        """The transform that makes the view of a scale."""
-        edges = tuple(int(edge * ratio + 0.5) for edge in self._preparation.scale)
-        return build_transform({"type": "Resize", "scale": edges, "keep_ratio": True}, "Resize")
-
-    def _load(self, index: int, transforms: Sequence[Any]) -> dict[str, Any]:
-        """A sample's files, checked and taken through the transforms."""
-        if get_worker_info() is not None:
-            # Each worker is one of several, and OpenCV would start threads for all cores in each.
-            cv2.setNumThreads(0)
-        results = info = self._samples.get_data_info(index)
-        pair = info["img_path"], info["seg_map_path"]
-        try:
-            mask_HW = read_mask(pair, len(self.classes))
-            for transform in transforms:
-                results = transform(results)
-                # Before a crop of both hides that they don't fit.
-                check_size(pair, results.get("ori_shape", mask_HW.shape), mask_HW.shape)
-        except BadSampleError as error:
-            raise UserError(f"{error}; {self._preparation.advice}") from error
-        except (AssertionError, cv2.error) as error:
-            if "img" in info:
-                raise
-            raise UserError(f"{pair[0]}: can't be decoded; {self._preparation.advice}") from error
-        return results
-
-    def _normalised(self, image_HWC: npt.NDArray[Any]) -> Tensor:
-        image_CHW = torch.from_numpy(np.ascontiguousarray(image_HWC[..., ::-1].transpose(2, 0, 1))).float()
-        return (image_CHW - self._mean_C11) / self._std_C11
+    def _info(self, index: int) -> Info:
+        info: Info = self._samples.get_data_info(index)
+        return info
 
 
 class Views(Dataset[Any]):
-    """Whole images at several scales.
-
-    An item is a list of images, fp32 ``(3, H, W)``, one for each scale, and the label at its original size, int64
-    ``(H, W)``.
-
-    Raises:
-        UserError: for an item whose files are not what they should be.
-    """
+    """Whole images at several scales."""
 
     def __init__(self, samples: SegmentationSet, scales: Sequence[float]) -> None:
-        self._samples = samples
-        self._resizes = [samples.scaled_by(ratio) for ratio in scales]
+        self._samples, self._resizes = samples, samples.resizes(scales)
+        self.num_workers = samples.num_workers
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> tuple[list[Tensor], Tensor]:
         return self._samples.whole(index, self._resizes)
-
-
-def build_transform(config: dict[str, Any], name: str) -> Any:
-    """Build one of mmseg's transforms.
-
-    Args:
-        config: ``type`` and arguments.
-        name: what the config calls it, for the error.
-
-    Raises:
-        UserError: there is no such transform, or it does not take these arguments.
-    """
-    try:
-        # mmcv's transforms build others by name, and have to find mmseg's.
-        return TRANSFORMS.build({"_scope_": "mmseg", **config})
-    # Each transform checks its arguments in its own way, most by `assert`.
-    except Exception as error:
-        raise UserError(f"config: {name}={config}: {type(error).__name__}: {error}") from error
-
-
-@contextmanager
-def _random_state(*key: int) -> Iterator[None]:
-    """For the length of the block the random numbers that mmseg's transforms draw follow from ``key`` alone."""
-    states = np.random.get_state(), random.getstate()
-    seed = np.random.SeedSequence(key).generate_state(4)
-    np.random.seed(seed)
-    random.seed(seed.tobytes())
-    try:
-        yield
-    finally:
-        np.random.set_state(states[0])
-        random.setstate(states[1])

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from spt_dist.data.segmentation_set import IGNORED, SegmentationSet
+from spt_dist.data.masked_images import IGNORED
 from spt_dist.data.task import Task
-from spt_dist.evaluation.segmentation import segment_images
+from spt_dist.evaluation.segmentation import HeldOut, segment_images
 from spt_dist.evaluation.windows import Forward
 from spt_dist.files import write_atomically
 from spt_dist.sensitivity.shards import all_max
@@ -51,10 +51,10 @@ def write_panels(
         UserError: as ``lay_windows``.
         OSError: a file can't be written.
     """
-    held_out = cast(SegmentationSet, task.val)
+    held_out = cast(HeldOut, task.val)
     count = min(count, task.num_val)
     indices = [place * task.num_val // count for place in range(count)]
-    paths = {index: Path(folder) / f"{Path(held_out.paths(index)[0]).stem}.png" for index in indices}
+    paths = {index: Path(folder) / f"{held_out.label(index)}.png" for index in indices}
     for index, prediction_HW, truth_HW in segment_images(forward, module, task, device, indices, scales, flip):
         picture_HWC, truth, prediction = held_out.picture(index), truth_HW.numpy(), prediction_HW.numpy()
         _save(make_panel(picture_HWC, truth, prediction, held_out.palette, held_out.classes), paths[index])

@@ -5,22 +5,25 @@ Shape suffixes: N windows, C channels, K classes, H height, W width of a view or
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from mmseg.evaluation import IoUMetric
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from spt_dist.data.loader import read
-from spt_dist.data.segmentation_set import IGNORED, SegmentationSet
+from spt_dist.data.loader import Skipped, load_items
+from spt_dist.data.masked_images import IGNORED
+from spt_dist.data.samples import BadSampleError
+from spt_dist.data.segmentation_set import SegmentationSet
+from spt_dist.data.segmentation_shards import SegmentationShards
 from spt_dist.data.task import Task
 from spt_dist.evaluation.windows import Forward, enlarge, image_logits, lay_windows
 from spt_dist.models.sharded import is_sharded
 from spt_dist.progress import progress_bar
 from spt_dist.sensitivity.shards import all_max, all_sum, collective_device, get_rank, world_size
 
+HeldOut = SegmentationSet | SegmentationShards
 WINDOWS_PER_PASS = 8
 # With fewer images a progress bar would be gone before it is read.
 MANY_IMAGES = 100
@@ -88,25 +91,25 @@ def segment_images(
     Yields:
         ``(index, prediction_HW, label_HW)``, both int64 and on the CPU, of the image's size on disk.
     """
-    mine = list(indices[get_rank() :: world_size()])
-    sharded = is_sharded(module)
+    # Neighbours stay together: they may lie in one shard.
+    first, last = (len(indices) * rank // world_size() for rank in (get_rank(), get_rank() + 1))
+    mine = list(indices[first:last])
+    sharded, skipped = is_sharded(module), Skipped()
     # A rank without an image in the last round still needs pixels to pass through a sharded model.
     num_idle = -(-len(indices) // world_size()) - len(mine) if sharded else 0
-    held_out = cast(SegmentationSet, task.val)
-    loader = DataLoader(
-        held_out.views(scales),
-        batch_size=None,
-        sampler=mine + list(indices[:num_idle]),
-        num_workers=held_out.num_workers,
-        # Without one of its own the loader draws from the global one, and training would depend on being evaluated.
-        generator=torch.Generator(),
-    )
+    held_out = cast(HeldOut, task.val)
+    wanted = mine + list(indices[:num_idle])
+    items = load_items(held_out.views(scales), wanted)
     was_training = module.training
     module.eval()
     try:
         with progress_bar("evaluation", len(mine), get_rank() == 0 and len(indices) >= MANY_IMAGES) as bar:
-            for place, (views, label_HW) in enumerate(read(loader)):
-                views, is_mine = [view_CHW.to(device) for view_CHW in views], place < len(mine)
+            for place, item in enumerate(items):
+                found, label_HW = item if not isinstance(item, BadSampleError) else _stand_in(held_out)
+                if isinstance(item, BadSampleError):
+                    skipped.add(wanted[place], str(item))
+                is_mine = place < len(mine) and wanted[place] not in skipped.indices
+                views = [view_CHW.to(device) for view_CHW in found]
                 windows = [lay_windows(view_CHW.shape[1:], module.test_cfg) for view_CHW in views]  # type: ignore[arg-type]
                 num_passes = (1 + flip) * sum(laid.num_passes(windows_per_pass) for laid in windows) if is_mine else 0
                 with in_step(forward, sharded, num_passes, windows[0].cut(views[0], 0, 1)):
@@ -117,6 +120,12 @@ def segment_images(
                     bar.advance()
     finally:
         module.train(was_training)
+
+
+def _stand_in(held_out: HeldOut) -> Any:
+    """In the place of an image that can't be read: pixels to pass through a sharded model."""
+    image_CHW, label_HW = held_out.blank()
+    return [image_CHW], label_HW
 
 
 @contextmanager

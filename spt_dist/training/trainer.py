@@ -37,7 +37,7 @@ from spt_dist.tuning.delta import describe_delta
 
 logger = logging.getLogger(__name__)
 # What of a config's section ``data`` says where samples are and how they are read, not which.
-READING_KEYS = ("root", "num_workers", "skip_bad_samples")
+READING_KEYS = ("root", "num_workers", "skip_bad_samples", "in_memory")
 # What of a config's section ``train`` the loss curve depends on, beside the batches.
 SCHEDULE_KEYS = (
     *("epochs", "iterations", "optimizer", "momentum", "lr", "head_lr_mult", "schedule", "poly_power", "min_lr"),

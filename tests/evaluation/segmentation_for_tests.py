@@ -84,6 +84,10 @@ class FakeSet:
         """Of image and mask."""
         return f"images/validation/ADE_val_{index + 1:08d}.jpg", f"annotations/validation/ADE_val_{index + 1:08d}.png"
 
+    def label(self, index: int) -> str:
+        """What its pictures are called."""
+        return f"ADE_val_{index + 1:08d}"
+
     def picture(self, index: int) -> NDArray[np.uint8]:
         """RGB, ``(H, W, 3)``."""
         return (self.images[index].sigmoid() * 255).byte().permute(1, 2, 0).numpy()

@@ -1,0 +1,1 @@
+_base_ = ["all.py", "../_base_/methods/linear.py"]

@@ -1,0 +1,4 @@
+_base_ = ["_mini.py"]
+
+model = dict(num_classes=5)
+data = dict(task="grades")

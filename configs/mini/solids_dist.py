@@ -1,0 +1,4 @@
+_base_ = ["_mini.py"]
+
+model = dict(num_classes=6)
+data = dict(task="solids_dist")

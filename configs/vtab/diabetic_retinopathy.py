@@ -1,0 +1,4 @@
+_base_ = ["_vtab.py"]
+
+model = dict(num_classes=5)
+data = dict(task="diabetic_retinopathy")

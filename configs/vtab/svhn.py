@@ -1,0 +1,4 @@
+_base_ = ["_vtab.py"]
+
+model = dict(num_classes=10)
+data = dict(task="svhn")

@@ -1,0 +1,1 @@
+"""Samples in tar files ("shards"), read one after another from a disk, a web server, an object store or a command."""
