@@ -80,8 +80,8 @@ class TrainConfig:
         weight_decay: on matrices and prompts, and on kernels of a head; vectors, single weights and ``cls_token`` are
             never decayed.
         clip_norm: largest norm of the gradient; ``None`` for no clipping.
-        mixup, cutmix: alpha of mixing each image with another of its rank's batch, by MixUp or CutMix (of both, each step
-            draws one); 0 for neither.
+        mixup, cutmix: alpha of mixing each image with another of its rank's batch, by MixUp or CutMix (of both, each
+            step draws one); 0 for neither.
         accumulation: passes in which a rank goes through its part of a step, to save memory.
         ema: decay of a moving average of what is trained, to be evaluated and saved instead; ``None`` for none.
         eval_interval: epochs between two evaluations; the end of the run is always evaluated. ``None`` for 10 epochs,

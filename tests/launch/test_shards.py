@@ -61,16 +61,17 @@ class Quiet(SimpleHTTPRequestHandler):
 
 def write_shards_config(folder: Path, root: Path | str) -> Path:
     path = write_config(folder / "tiny.py", EPOCHS, proj_drop_rate=0.1)
-    data = f"dict(type='shards', root={str(root)!r}, transform='vtab_inception', image_size=16, lanes=4, window=20, "
-    text = path.read_text().replace(
-        f"data = dict(image_size=16, num_train={NUM_TRAIN})", f"data = {data}num_workers=0)"
-    )
-    text = text.replace("digits.py", "mini.py").replace(f"data = {data}", f"data = {data}_delete_=True, ")
-    path.write_text(text + "train.update(checkpoint_steps=5, keep_checkpoints=9)\n")
+    own = f"data = dict(image_size=16, num_train={NUM_TRAIN})"
+    assert own in path.read_text()
+    data = f"""data = dict(
+    _delete_=True, type="shards", root={str(root)!r}, transform="vtab_inception", image_size=16, lanes=4, window=20,
+    num_workers=0,
+)"""
+    path.write_text(path.read_text().replace(own, data) + "train.update(checkpoint_steps=5, keep_checkpoints=9)\n")
     return path
 
 
-def test_a_run_goes_on_with_the_very_next_sample_also_elsewhere(shards: Path, server: str, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_the_very_next_sample_with_workers_too(shards: Path, tmp_path: Path) -> None:
     config, whole, killed = write_shards_config(tmp_path, shards), tmp_path / "whole", tmp_path / "killed"
     options = ["--cfg-options", "data.num_workers=2"]
     running = RunningScript(["train.py", config, "--work-dir", killed, *options], "python", 1)
@@ -142,9 +143,8 @@ def test_a_missing_shard_is_told_before_anything_else(shards: Path, tmp_path: Pa
     root = shutil.copytree(shards, tmp_path / "shards")
     missing = sorted(root.glob("val-*.tar"))[1]
     missing.unlink()
-    result = run_script(
-        ["train.py", write_shards_config(tmp_path, root), "--work-dir", tmp_path / "out"], "torchrun", 2
-    )
+    config = write_shards_config(tmp_path, root)
+    result = run_script(["train.py", config, "--work-dir", tmp_path / "out"], "torchrun", 2)
     assert result.rc != 0
     (line,) = result.error_lines
     assert str(missing) in line

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from spt_dist.data.shards.index import INDEX_NAME, Shard, ShardIndex, Split
 from spt_dist.data.shards.openers import open_stream
+from spt_dist.data.shards.shard_set import raw_sample
 from spt_dist.data.shards.tar import LABEL, MASK, SampleReader, StoredSample
-from spt_dist.data.shards.through import read_through, require_files
+from spt_dist.data.shards.through import read_through
 from spt_dist.data.task import CLASSIFICATION, SEGMENTATION
 from spt_dist.errors import UserError
 from spt_dist.files import write_text
@@ -106,7 +107,7 @@ def _kind(folder: Path, name: str) -> str:
 
 def _read(folder: Path, name: str, kind: str, num_classes: int) -> Shard:
     def visit(position: int, sample: str, stored: StoredSample) -> None:
-        require_files(stored, sample, kind, num_classes)
+        raw_sample(stored, sample, kind, num_classes)
 
     found = read_through(str(folder), name, visit)
     if found.problems:

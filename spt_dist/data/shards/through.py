@@ -14,9 +14,8 @@ from spt_dist.data.pictures import decode
 from spt_dist.data.samples import BadSampleError
 from spt_dist.data.shards.index import Shard
 from spt_dist.data.shards.openers import Stream, open_stream, shown
-from spt_dist.data.shards.shard_set import read_label
-from spt_dist.data.shards.tar import IMAGES, LABEL, MASK, SampleReader, StoredSample
-from spt_dist.data.task import SEGMENTATION
+from spt_dist.data.shards.shard_set import raw_sample
+from spt_dist.data.shards.tar import SampleReader, StoredSample
 
 _PIECE: Final = 2**20
 # One byte a pixel: grey, or numbers of a palette's colours, which is how some tools save labels.
@@ -100,47 +99,19 @@ def read_through(location: str, name: str, visit: Visit) -> Found:
     return Found(shard, tuple(problems))
 
 
-def require_files(stored: StoredSample, name: str, kind: str, num_classes: int) -> tuple[bytes, bytes]:
-    """What a sample needs to be one: an image, and a label or a mask.
-
-    Args:
-        stored: the sample.
-        name: of the sample, for errors.
-        kind: "classification" or "segmentation".
-        num_classes: labels are 0 to one less.
-
-    Returns:
-        the contents of the image and of the label or mask.
-
-    Raises:
-        BadSampleError: one is missing, or the label is none.
-    """
-    images = [content for extension, content in stored.files.items() if extension in IMAGES]
-    if stored.problem:
-        raise BadSampleError(f"{name}: {stored.problem}")
-    if len(images) != 1:
-        raise BadSampleError(f"{name}: it has {len(images)} images, not one")
-    target = MASK if kind == SEGMENTATION else LABEL
-    if target not in stored.files:
-        raise BadSampleError(f"{name}: it has no file .{target}")
-    if target == LABEL:
-        read_label(stored.files[LABEL], num_classes, name)
-    return images[0], stored.files[target]
-
-
 def examine(stored: StoredSample, name: str, kind: str, num_classes: int) -> None:
     """Look at all of a sample: decode its image, and its mask.
 
     Args:
-        stored, name, kind, num_classes: as for ``require_files``.
+        stored, name, kind, num_classes: as for ``raw_sample``.
 
     Raises:
         BadSampleError: a file is missing or can't be decoded; the label or the mask is none.
     """
-    content, target = require_files(stored, name, kind, num_classes)
-    image = decode(content, name)
-    if kind == SEGMENTATION:
-        _require_mask(target, f"{name}: its mask", num_classes, image.size)
+    sample = raw_sample(stored, name, kind, num_classes)
+    image = decode(sample.image, name)
+    if isinstance(sample.target, bytes):
+        _require_mask(sample.target, f"{name}: its mask", num_classes, image.size)
 
 
 def _require_mask(content: bytes, name: str, num_classes: int, size: tuple[int, int]) -> None:
