@@ -15,6 +15,7 @@ COUNT_THREADS := import os, sys; print(max(1, len(os.sched_getaffinity(0)) // in
 
 QUICKSTART := digits_linear digits_lora digits_full digits_spt_lora
 SEGMENTATION := scenes_linear scenes_lora scenes_spt_lora
+MINI := all_linear all_lora all
 
 .DEFAULT_GOAL := help
 # How many processes, and the threads of each, for the recipes below.
@@ -24,11 +25,11 @@ ranks=$${SPT_RANKS:-$$(python -c "$(COUNT_RANKS)")}; \
 export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(python -c "$(COUNT_THREADS)" "$$ranks")}
 endef
 
-.PHONY: help quickstart segmentation test lint typecheck format lock clean bench
+.PHONY: help quickstart segmentation mini test lint typecheck format lock clean bench
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
-	@echo "Variables: PYTHON=python3.12 (which Python makes .venv), SPT_RANKS=4 (processes of quickstart and segmentation),"
+	@echo "Variables: PYTHON=python3.12 (which Python makes .venv), SPT_RANKS=4 (processes of quickstart, segmentation and mini),"
 	@echo "           DEEPSPEED_FLAGS='--master_port 29501'"
 
 quickstart: .venv/.installed ## install, train four small models, merge one and print the comparison
@@ -52,6 +53,15 @@ segmentation: .venv/.installed ## draw scenes in ADE20K's layout, train a small 
 	deepspeed --quiet --num_accelerators "$$ranks" $(DEEPSPEED_FLAGS) launch/evaluate.py \
 	    configs/ade20k/scenes_spt_lora.py --task work_dirs/scenes_spt_lora/task.safetensors --multi-scale --visualize 8; \
 	python launch/report.py $(addprefix work_dirs/,$(SEGMENTATION)) --out work_dirs/segmentation
+
+mini: .venv/.installed ## draw the mini-benchmark, train its eight tasks in three ways and print one table
+	@$(SET_RANKS); \
+	test -d data/mini || python launch/prepare_data.py mini --make data/mini; \
+	for name in $(MINI); do \
+	    echo "== $$name on $$ranks ranks"; \
+	    deepspeed --quiet --num_accelerators "$$ranks" $(DEEPSPEED_FLAGS) launch/train.py "configs/mini/$$name.py" --resume; \
+	done; \
+	python launch/report.py $(addprefix work_dirs/mini_,$(MINI)) --out work_dirs/mini
 
 test: lint typecheck ## lint, type check and every test
 	$(WITH_ENV) $(BIN)/python -m pytest

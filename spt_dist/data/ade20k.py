@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spt_dist.data.ade20k_layout import NUM_CLASSES, SPLITS
+from spt_dist.data.loader import AnySet
 from spt_dist.data.shards.index import INDEX_NAME
 from spt_dist.data.shards.openers import is_local, shown
-from spt_dist.data.shards.require import load_index, require_shards
+from spt_dist.data.shards.require import check_lanes, load_index, require_shards
 from spt_dist.data.task import SEGMENTATION, Task
 from spt_dist.errors import UserError
 
@@ -16,9 +17,8 @@ if TYPE_CHECKING:  # it needs the extra
     from spt_dist.data.segmentation_set import SegmentationSet
     from spt_dist.data.segmentation_shards import SegmentationShards
 
-# As data.type="shards" has them.
-LANES, WINDOW = 16, 1000
 CHECK = "python launch/prepare_data.py ade20k --check"
+CHECK_SHARDS = "python launch/prepare_data.py shards --check"
 
 
 def build_ade20k(
@@ -31,6 +31,8 @@ def build_ade20k(
     train_pipeline: Sequence[dict[str, Any]] | None = None,
     skip_bad_samples: bool = False,
     seed: int = 0,
+    lanes: int = 16,
+    window: int = 1000,
 ) -> Task:
     """ADE20K, or a data set of the same layout and classes, as a segmentation task.
 
@@ -47,6 +49,7 @@ def build_ade20k(
             met. All files are read for that before anything else, by all ranks together; but samples in shards are
             left out where they are met.
         seed: of the random transforms.
+        lanes, window: of shards; as of ``ShardSet``.
 
     Returns:
         a task of ``SegmentationSet`` or ``SegmentationShards``.
@@ -68,6 +71,7 @@ def build_ade20k(
     for place, config in enumerate(pipeline):
         if not isinstance(config, dict):
             raise UserError(f"config: data.train_pipeline[{place}]={config!r} has to be a dict")
+    in_shards = not is_local(root) or Path(root, INDEX_NAME).is_file()
     settings = MaskedSettings(
         crop_size=crop,
         scale=edges,
@@ -75,10 +79,17 @@ def build_ade20k(
         std=_three_channels("std", std, 0.0),
         pipeline=tuple(dict(config) for config in pipeline if config.get("type") != "PackSegInputs"),
         seed=seed,
-        advice=f"mend it, or leave such samples out (--skip-bad-samples); `{CHECK} {root}` lists them all",
+        advice=f"mend it, or leave such samples out (--skip-bad-samples); `{CHECK_SHARDS if in_shards else CHECK} {root}` "
+        "lists them all",
     )
-    in_shards = not is_local(root) or Path(root, INDEX_NAME).is_file()
-    train, val = (_from_shards if in_shards else _from_files)(root, settings, num_workers, skip_bad_samples)
+    sets: Sequence[AnySet]
+    if in_shards:
+        check_lanes(lanes, window)
+        reading = {"lanes": lanes, "window": window, "skip_bad": skip_bad_samples, "num_workers": num_workers}
+        sets = _from_shards(root, settings, reading)
+    else:
+        sets = _from_files(root, settings, num_workers, skip_bad_samples)
+    train, val = sets
     return Task(train, val, len(train), len(val), NUM_CLASSES, kind=SEGMENTATION)
 
 
@@ -101,7 +112,7 @@ def _from_files(root: str, settings: "MaskedSettings", num_workers: int, skip_ba
     return [SegmentationSet(part, images, num_workers) for part in samples]
 
 
-def _from_shards(root: str, settings: "MaskedSettings", num_workers: int, skip_bad: bool) -> "list[SegmentationShards]":
+def _from_shards(root: str, settings: "MaskedSettings", reading: dict[str, Any]) -> "list[SegmentationShards]":
     """The two sets of shards, which are looked for by all ranks together."""
     from mmseg.datasets import ADE20KDataset
 
@@ -117,12 +128,7 @@ def _from_shards(root: str, settings: "MaskedSettings", num_workers: int, skip_b
     images = MaskedImages(settings, **ADE20KDataset.METAINFO)
     for split in ("train", "val"):
         require_shards(root, index.split(split, root))
-    return [
-        SegmentationShards(
-            root, index, split, images, lanes=LANES, window=WINDOW, skip_bad=skip_bad, num_workers=num_workers
-        )
-        for split in ("train", "val")
-    ]
+    return [SegmentationShards(root, index, split, images, **reading) for split in ("train", "val")]
 
 
 def require_extra(what: str) -> None:

@@ -1,6 +1,7 @@
 """Finding out before a run whether all shards are there: the same on every rank."""
 
 import hashlib
+import logging
 import os
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from spt_dist.errors import UserError
 T = TypeVar("T")
 _NUM_THREADS: Final = 16
 _NUM_NAMED: Final = 3
+_logger = logging.getLogger(__name__)
 
 
 def load_index(location: str) -> ShardIndex:
@@ -62,6 +64,23 @@ def require_shards(location: str, split: Split) -> None:
         more = f"; and {len(missing) - _NUM_NAMED:,} more" * (len(missing) > _NUM_NAMED)
         raise UserError(
             f"{len(missing):,} of {len(split.shards):,} shards can't be used: {'; '.join(missing[:_NUM_NAMED])}{more}"
+        )
+
+
+def check_lanes(lanes: int, window: int) -> None:
+    """Refuse lanes and windows that can't be, and say, on rank 0, where several ranks have to read the same shards.
+
+    Raises:
+        UserError: one is below 1.
+    """
+    for name, value in (("lanes", lanes), ("window", window)):
+        if value < 1:
+            raise UserError(f"config: data.{name}={value} has to be 1 or more")
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if lanes % world_size and rank == 0:
+        enough = -(-lanes // world_size) * world_size
+        _logger.warning(
+            "data.lanes=%d is no multiple of %d ranks: several read the same; take %d", lanes, world_size, enough
         )
 
 

@@ -3,7 +3,7 @@
 from spt_dist.data.pictures import PicturePreparation
 from spt_dist.data.shards.index import INDEX_NAME
 from spt_dist.data.shards.openers import shown
-from spt_dist.data.shards.require import load_index, require_shards
+from spt_dist.data.shards.require import check_lanes, load_index, require_shards
 from spt_dist.data.shards.shard_set import ShardSet
 from spt_dist.data.task import CLASSIFICATION, Task
 from spt_dist.errors import UserError
@@ -41,9 +41,9 @@ def build_shards(
         UserError: an argument is out of range; there is no such index, split or transform; the shards are those of a
             segmentation task; a shard is missing.
     """
-    for name, value, least in (("num_workers", num_workers, 0), ("lanes", lanes, 1), ("window", window, 1)):
-        if value < least:
-            raise UserError(f"config: data.{name}={value} has to be {least} or more")
+    if num_workers < 0:
+        raise UserError(f"config: data.num_workers={num_workers} has to be 0 or more")
+    check_lanes(lanes, window)
     preparation = PicturePreparation(transform, image_size, on_device)
     index = load_index(root)
     if index.kind != CLASSIFICATION:

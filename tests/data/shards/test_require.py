@@ -1,12 +1,13 @@
 """Missing shards are found before a run, and told by all ranks alike."""
 
+import logging
 from pathlib import Path
 
 import pytest
 
 from spt_dist import UserError
 from spt_dist.data.shards.index import ShardIndex
-from spt_dist.data.shards.require import load_index, require_shards
+from spt_dist.data.shards.require import check_lanes, load_index, require_shards
 from tests.data.shards.shards_for_tests import write_shards
 from tests.data.shards.test_openers import serving
 from tests.ranks import run_ranks
@@ -78,3 +79,27 @@ def test_all_ranks_say_the_same(tmp_path: Path) -> None:
         assert found[1] == f"{tmp_path}/{name}/index.json: is not the same on every rank; all have to read the same"
     first, second = run_ranks(two_checks, 2, str(folder), [str(tmp_path / "a"), str(tmp_path / "none")])
     assert first[1] == second[1] == f"{tmp_path}/none/index.json: can't be read (No such file or directory)"
+
+
+def lanes_warned(lanes: int) -> list[str]:
+    """What this rank logs."""
+    logger, told = logging.getLogger("spt_dist.data.shards.require"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    check_lanes(lanes, 10)
+    return told
+
+
+@pytest.mark.distributed
+def test_lanes_that_ranks_have_to_share_are_told_once() -> None:
+    assert run_ranks(lanes_warned, 2, 4) == [[], []]
+    first, second = run_ranks(lanes_warned, 2, 3)
+    assert second == []
+    assert first == ["data.lanes=3 is no multiple of 2 ranks: several read the same; take 4"]
+
+
+@pytest.mark.parametrize(("lanes", "window", "name"), [(0, 1, "lanes"), (1, 0, "window")])
+def test_lanes_and_windows_below_one_are_refused(lanes: int, window: int, name: str) -> None:
+    with pytest.raises(UserError, match=f"data.{name}=0"):
+        check_lanes(lanes, window)
