@@ -72,6 +72,7 @@ def build_ade20k(
         if not isinstance(config, dict):
             raise UserError(f"config: data.train_pipeline[{place}]={config!r} has to be a dict")
     in_shards = not is_local(root) or Path(root, INDEX_NAME).is_file()
+    check = CHECK_SHARDS if in_shards else CHECK
     settings = MaskedSettings(
         crop_size=crop,
         scale=edges,
@@ -79,8 +80,7 @@ def build_ade20k(
         std=_three_channels("std", std, 0.0),
         pipeline=tuple(dict(config) for config in pipeline if config.get("type") != "PackSegInputs"),
         seed=seed,
-        advice=f"mend it, or leave such samples out (--skip-bad-samples); `{CHECK_SHARDS if in_shards else CHECK} {root}` "
-        "lists them all",
+        advice=f"mend it, or leave such samples out (--skip-bad-samples); `{check} {root}` lists them all",
     )
     sets: Sequence[AnySet]
     if in_shards:
