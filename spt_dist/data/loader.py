@@ -4,6 +4,7 @@ Shape suffixes: B samples.
 """
 
 import logging
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
@@ -101,6 +102,7 @@ def load_batches(
         collate_fn=_as_is,
         # Without one of its own the loader draws from the global one, and training would depend on being evaluated.
         generator=torch.Generator(),
+        worker_init_fn=_outlive_signals,
         prefetch_factor=_READ_AHEAD * num_workers if num_workers else None,
         pin_memory=device.type == "cuda" and num_workers > 0,
     )
@@ -118,6 +120,7 @@ def load_items(dataset: AnySet, indices: Sequence[int]) -> Iterator[Item | BadSa
         num_workers=num_workers,
         collate_fn=_as_is,
         generator=torch.Generator(),
+        worker_init_fn=_outlive_signals,
     )
     for found in read(loader):
         yield from found
@@ -232,6 +235,15 @@ def _keep(places: list[int], items: list[Item | BadSampleError], dataset: AnySet
         if isinstance(item, BadSampleError) and not getattr(dataset, "skip_bad", False):
             raise item
     return items
+
+
+def _outlive_signals(worker: int) -> None:
+    """Leave signals to the rank, which has steps to do after one; it ends its workers by other means.
+
+    SLURM and terminals send them to every process.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_is(part: Any) -> Any:

@@ -1,6 +1,8 @@
 """Runs from shards: killed in the middle of an epoch, on other ranks and workers, over HTTP, with damage."""
 
+import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -17,6 +19,7 @@ from sklearn.datasets import load_digits
 from spt_dist.data.lists.image_folder import folder_classes, read_image_folder
 from spt_dist.data.shards.convert import convert
 from spt_dist.data.shards.sources import source_of_lists
+from spt_dist.exits import STOPPED
 from tests.launch.processes import Launch, RunningScript, run_all, run_script
 from tests.launch.runs import checkpoint_path, latest_step, read_losses, read_summary, write_config
 
@@ -149,3 +152,23 @@ def test_a_missing_shard_is_told_before_anything_else(shards: Path, tmp_path: Pa
     (line,) = result.error_lines
     assert str(missing) in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_signal_to_all_processes_ends_in_a_checkpoint(shards: Path, tmp_path: Path) -> None:
+    """As SLURM sends it: to the rank and to its workers."""
+    config, work_dir = write_shards_config(tmp_path, shards), tmp_path / "out"
+    arguments = ["train.py", config, "--work-dir", work_dir, "--resume", "--cfg-options", "data.num_workers=2"]
+    running = RunningScript([*arguments, "train.epochs=2000"], "python", 1)
+    try:
+        while latest_step(work_dir) < SAVED_AT:
+            assert running.is_running()
+            time.sleep(0.01)
+        processes = running.processes()
+        assert len(processes) >= 3
+        for pid in processes:
+            os.kill(pid, signal.SIGTERM)
+        result = running.wait(60)
+    finally:
+        running.kill()
+    assert result.rc == STOPPED, result.stderr
+    assert latest_step(work_dir) == len(read_losses(work_dir)) > SAVED_AT
