@@ -4,10 +4,12 @@ Shape suffixes: B samples.
 """
 
 import logging
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
+from threading import Thread
 from typing import Any, Final
 
 import torch
@@ -24,6 +26,7 @@ AnySet = SampleSet | StreamedSet | Dataset[Any]
 # Batches that workers read ahead, for each of them.
 _READ_AHEAD: Final = 2
 _NUM_NAMED: Final = 10
+_OUTLIVED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 _logger = logging.getLogger(__name__)
 
@@ -238,12 +241,21 @@ def _keep(places: list[int], items: list[Item | BadSampleError], dataset: AnySet
 
 
 def _outlive_signals(worker: int) -> None:
-    """Leave signals to the rank, which has steps to do after one; it ends its workers by other means.
+    """Leave signals to the rank, which has steps to do after one. SLURM and terminals send them to every process.
 
-    SLURM and terminals send them to every process.
+    A worker ends by its rank's SIGTERM alone, which is how Python ends it when the rank ends.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _OUTLIVED)
+    Thread(target=_await_rank_s_signal, daemon=True).start()
+
+
+def _await_rank_s_signal() -> None:
+    rank = os.getppid()
+    while True:
+        # Handlers would not be told who sent it.
+        received = signal.sigwaitinfo(_OUTLIVED)
+        if received.si_signo == signal.SIGTERM and received.si_pid == rank:
+            os._exit(0)
 
 
 def _as_is(part: Any) -> Any:

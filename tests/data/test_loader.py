@@ -1,6 +1,8 @@
 """Reading dealt batches: workers, bad samples, sets that are streamed."""
 
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -140,3 +142,20 @@ def test_reading_leaves_the_random_numbers_of_the_process_alone() -> None:
     before = torch.get_rng_state()
     read_all(Numbered(2))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+_LEAVES_WORKERS = """
+import sys
+from tests.data.test_loader import Numbered, CPU
+from spt_dist.data.batches import GlobalBatches
+from spt_dist.data.loader import load_batches
+left = load_batches(Numbered(2), GlobalBatches(23, 4).epoch(), CPU)
+next(left)
+print("read", flush=True)
+sys.modules["kept"] = left  # beyond the end of the program
+"""
+
+
+def test_a_program_ends_with_workers_left_behind() -> None:
+    ended = subprocess.run([sys.executable, "-c", _LEAVES_WORKERS], timeout=60, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "read\n"), ended.stderr
