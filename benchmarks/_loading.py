@@ -39,6 +39,9 @@ WINDOW = 1000
 QUALITY = 92
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CPU = torch.device("cpu")
+# The yardsticks.
+IMAGE_FOLDER, ONLY_READ = "ImageFolder", "webdataset, reading only"
+OURS_ONLY_READ = "spt_dist, reading only"
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -164,12 +167,12 @@ def only_read_webdataset(reading: Reading) -> Batches:
 LOADERS: dict[str, Callable[[Reading], Batches]] = {
     "spt_dist, shards": read_shards,
     "spt_dist, files": read_files,
-    "ImageFolder": read_image_folder_of_torchvision,
+    IMAGE_FOLDER: read_image_folder_of_torchvision,
     "ImageFolder, late": read_image_folder_late,
     "webdataset": read_webdataset,
     "webdataset, late": read_webdataset_late,
-    "spt_dist, reading only": only_read_shards,
-    "webdataset, reading only": only_read_webdataset,
+    OURS_ONLY_READ: only_read_shards,
+    ONLY_READ: only_read_webdataset,
 }
 
 

@@ -39,6 +39,8 @@ class ConfigOptions(DictAction):
         for item in values:
             if "=" not in item:
                 raise UserError(f"--cfg-options {item}: has to be KEY=VALUE")
+            if item.partition("=")[2].strip().startswith("pipe:") and " " in item.strip():
+                raise UserError(f"--cfg-options {item}: blanks would be lost; write the command into a config file")
         super().__call__(parser, namespace, values, option_string)
 
 

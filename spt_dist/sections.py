@@ -22,7 +22,8 @@ class SensitivityConfig:
         preset: name of a set of values for the keys below, from ``SENSITIVITY_PRESETS``. None of them may be given
             another value beside it.
         num_samples: how many training samples are scored.
-        sample_order: which ones: "random", a seeded choice; or "file", the first (all, where there are fewer).
+        sample_order: which ones: "random", a seeded choice among all; "epoch", those that a shuffled epoch begins with,
+            for which few shards are read; or "file", the first (all, where there are fewer).
         batch_size: samples in one pass of a rank. With criterion "batch" also those whose mean loss has its gradient
             squared: the batches are then the same for every number of ranks, and each is one rank's as a whole.
         criterion: "per_sample" or "batch".
@@ -45,7 +46,7 @@ class SensitivityConfig:
     scores: str | None = None
 
 
-SAMPLE_ORDERS = ("random", "file")
+SAMPLE_ORDERS = ("random", "epoch", "file")
 AUTOCAST_DTYPES = ("bfloat16", "float16")
 # "released": SPT's published code (github.com/ziplab/SPT, engine.py): 16 batches of 32 in file order, in training mode.
 SENSITIVITY_PRESETS: dict[str, dict[str, Any]] = {

@@ -90,7 +90,7 @@ def build_ade20k(
     else:
         sets = _from_files(root, settings, num_workers, skip_bad_samples)
     train, val = sets
-    return Task(train, val, len(train), len(val), NUM_CLASSES, kind=SEGMENTATION)
+    return Task(train, val, len(train), len(val), NUM_CLASSES, SEGMENTATION, getattr(train, "contents", ""))
 
 
 def _from_files(root: str, settings: "MaskedSettings", num_workers: int, skip_bad: bool) -> "list[SegmentationSet]":

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Final
 
@@ -32,12 +33,15 @@ class Listed:
         read: split -> reads its list; raises a ``UserError`` where that is not what it should be.
         disjoint: pairs of splits that have no image in common.
         published: what is known of the sizes of a complete copy.
+        compare_contents: whether two images are the same if their files' contents are, or else if their names are.
+            Not for published lists: some sets have equal pictures under several names, such as dSprites.
     """
 
     name: str
     read: Mapping[str, Callable[[], ImageList]]
     disjoint: Sequence[tuple[str, str]]
     published: Sequence[Published] = ()
+    compare_contents: bool = False
 
     def read_all(self) -> dict[str, ImageList]:
         """The lists of all splits.
@@ -156,8 +160,9 @@ def image_folder(root: Path) -> Listed:
     return Listed(
         name=str(root),
         read={split: partial(read_image_folder, root, split, classes) for split in splits},
-        # Each file is in one of the folders.
-        disjoint=(),
+        disjoint=tuple(combinations(splits, 2)),
+        # Names begin with the split's, so they always differ.
+        compare_contents=True,
     )
 
 

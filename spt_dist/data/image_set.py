@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
@@ -12,9 +13,11 @@ from torch import Tensor
 from spt_dist.data.pictures import PicturePreparation
 from spt_dist.data.samples import BadSampleError, Item, RawSample, SampleSet
 from spt_dist.errors import UserError
+from spt_dist.progress import progress_bar
 
 _MOST_KEPT: Final = 2**30
 _MOST_THREADS: Final = 8
+_MOST_WITHOUT_BAR: Final = 1000
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,13 @@ class ImageList:
     def __len__(self) -> int:
         return len(self.files)
 
+    def digest(self) -> str:
+        """Of the files' names and classes, in their order."""
+        listed = zip(self.files, self.labels, strict=True)
+        return sha256(
+            "\n".join(f"{label} {file}" for file, label in listed).encode(errors="surrogateescape")
+        ).hexdigest()
+
     def sample(self, index: int) -> RawSample:
         """Read a file.
 
@@ -58,8 +68,8 @@ class ImageSet(SampleSet):
     Args:
         images: the files.
         preparation: how they become inputs.
-        in_memory: keep what is read, and read all of it, in threads, once the first sample is asked for; no workers are
-            started then. ``None``: do so where that takes no more than 1 GiB.
+        in_memory: keep what is read, and read all of it, in threads, in ``warm_up`` or else with the first sample; no
+            workers are started then. ``None``: do so where that takes no more than 1 GiB.
         skip_bad: leave out images that can't be decoded.
         num_workers: processes that read images, where these are not kept.
 
@@ -96,13 +106,32 @@ class ImageSet(SampleSet):
     def __len__(self) -> int:
         return len(self.images)
 
+    def warm_up(self, show_progress: bool = False) -> None:
+        """Read all images that are to be kept, if that has not been done; a bad one is told when it is asked for.
+
+        Args:
+            show_progress: whether to show a bar where there are more than 1,000.
+        """
+        if not self._in_memory or self._kept:
+            return
+        num_images, num_threads = len(self.images), min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+        is_shown = show_progress and num_images > _MOST_WITHOUT_BAR
+        kept = []
+        with (
+            progress_bar("reading images", num_images, is_shown) as bar,
+            ThreadPoolExecutor(num_threads) as pool,
+        ):
+            for image in pool.map(self._read, range(num_images)):
+                kept.append(image)
+                bar.advance()
+        # Only now: one that was interrupted begins anew.
+        self._kept = kept
+
     def item(self, epoch: int | None, index: int) -> Item:
         """See ``SampleSet``."""
         if not self._in_memory:
             return self._preparation.prepare(self.images.sample(index), epoch, index)
-        if not self._kept:
-            with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
-                self._kept = list(pool.map(self._read, range(len(self.images))))
+        self.warm_up()
         kept = self._kept[index]
         if isinstance(kept, BadSampleError):
             # A new one: an exception remembers where it has been raised, every time.

@@ -6,6 +6,7 @@ Shape suffixes: K classes.
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Final
 
 import numpy as np
@@ -74,22 +75,21 @@ def check_lists(listed: Listed, num_threads: int, show_progress: bool = True) ->
         show_progress: whether to show bars.
     """
     lists: dict[str, ImageList] = {}
-    unreadable: dict[str, str] = {}
+    images: dict[str, dict[str, str]] = {}
+    splits = []
     for name, read in listed.read.items():
         try:
             lists[name] = read()
         except UserError as error:
-            unreadable[name] = str(error)
-    splits = [
-        _check_split(name, lists[name], num_threads, show_progress)
-        if name in lists
-        else SplitReport(name, None, (), (unreadable[name],))
-        for name in listed.read
-    ]
+            splits.append(SplitReport(name, None, (), (str(error),)))
+            continue
+        report, digests = _check_split(name, lists[name], num_threads, show_progress)
+        splits.append(report)
+        images[name] = digests if listed.compare_contents else {file: file for file in lists[name].files}
     overlaps = [
-        overlap
+        f"{lists[first].root}: {overlap}"
         for first, second in listed.disjoint
-        if first in lists and second in lists and (overlap := _overlap(first, lists[first], second, lists[second]))
+        if first in images and second in images and (overlap := _overlap(first, images[first], second, images[second]))
     ]
     return Report(listed, tuple(splits), tuple(overlaps))
 
@@ -132,27 +132,32 @@ def _class_table(splits: Sequence[tuple[SplitReport, npt.NDArray[np.int64]]], co
     return format_table(title, ["", *columns], rows)
 
 
-def _check_split(name: str, images: ImageList, num_threads: int, show_progress: bool) -> SplitReport:
-    problems = []
+def _check_split(
+    name: str, images: ImageList, num_threads: int, show_progress: bool
+) -> tuple[SplitReport, dict[str, str]]:
+    """What a split has, and the digest of the content of each file that is good."""
+    problems, digests = [], {}
     with progress_bar(f"reading {name} files", len(images), show_progress) as bar:
-        for problem in _examine_all(images, num_threads):
-            if problem is not None:
+        for file, (digest, problem) in zip(images.files, _examine_all(images, num_threads), strict=True):
+            if problem is None:
+                digests[file] = digest
+            else:
                 problems.append(problem)
             bar.advance()
     counts_K = np.bincount(images.labels, minlength=len(images.classes))
-    return SplitReport(name, counts_K, tuple(images.classes), tuple(problems))
+    return SplitReport(name, counts_K, tuple(images.classes), tuple(problems)), digests
 
 
-def _examine_all(images: ImageList, num_threads: int) -> Iterator[str | None]:
-    """What is wrong with each file, in order."""
+def _examine_all(images: ImageList, num_threads: int) -> Iterator[tuple[str, str | None]]:
+    """The digest of each file, and what is wrong with it, in order."""
 
-    def examine(index: int) -> str | None:
+    def examine(index: int) -> tuple[str, str | None]:
         try:
             sample = images.sample(index)
             decode(sample.image, sample.name)
         except BadSampleError as error:
-            return str(error)
-        return None
+            return "", str(error)
+        return sha256(sample.image).hexdigest(), None
 
     pool = ThreadPoolExecutor(num_threads)
     try:
@@ -162,10 +167,13 @@ def _examine_all(images: ImageList, num_threads: int) -> Iterator[str | None]:
         pool.shutdown(cancel_futures=True)
 
 
-def _overlap(first: str, first_list: ImageList, second: str, second_list: ImageList) -> str | None:
-    among = set(second_list.files)
-    common = sorted({file for file in first_list.files if file in among})
+def _overlap(first: str, first_images: dict[str, str], second: str, second_images: dict[str, str]) -> str | None:
+    """What two splits have in common; of each split file -> what equal images have in common."""
+    files = {image: file for file, image in reversed(second_images.items())}
+    common = sorted(file for file, image in first_images.items() if image in files)
     if not common:
         return None
-    named = ", ".join(common[:NUM_NAMED]) + (", ..." if len(common) > NUM_NAMED else "")
-    return f"{first_list.root}: {len(common):,} images are in {first} and in {second}: {named}"
+    pairs = [(file, files[first_images[file]]) for file in common[:NUM_NAMED]]
+    named = [file if file == other else f"{file} is {other}" for file, other in pairs]
+    more = ", ..." if len(common) > NUM_NAMED else ""
+    return f"{len(common):,} images are in {first} and in {second}: {', '.join(named)}{more}"

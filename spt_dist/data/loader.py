@@ -7,11 +7,14 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby, islice
+from multiprocessing import parent_process
 from threading import Thread
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
+import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
@@ -27,6 +30,7 @@ AnySet = SampleSet | StreamedSet | Dataset[Any]
 _READ_AHEAD: Final = 2
 _NUM_NAMED: Final = 10
 _OUTLIVED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_ORPHAN_SECONDS: Final = 2.0
 
 _logger = logging.getLogger(__name__)
 
@@ -153,20 +157,21 @@ class _Part:
     Attributes:
         places: of its samples in the rank's part.
         inputs: of these; one tensor where all have one shape.
-        targets: of these, ``(B, ...)``; ``None`` if there are none.
+        targets: of these; one tensor where they are tensors of one shape.
         problems: place of a bad sample -> what is wrong with it.
     """
 
     places: list[int]
     inputs: Tensor | list[Tensor]
-    targets: Tensor | None
+    targets: Tensor | list[Any]
     problems: dict[int, str] = field(default_factory=dict)
 
     def pin_memory(self) -> "_Part":
         """Called by the loader where batches go to a GPU."""
         inputs, targets = self.inputs, self.targets
         pinned = inputs.pin_memory() if isinstance(inputs, Tensor) else [each.pin_memory() for each in inputs]
-        return _Part(self.places, pinned, None if targets is None else targets.pin_memory(), self.problems)
+        pinned_targets = targets.pin_memory() if isinstance(targets, Tensor) else targets
+        return _Part(self.places, pinned, pinned_targets, self.problems)
 
 
 class _Parts(IterableDataset[Any]):
@@ -193,7 +198,21 @@ class _Parts(IterableDataset[Any]):
         owner = iter(owners)
         for batch in batches:
             places = [place for place, of in enumerate(islice(owner, len(batch))) if of == part]
-            yield self._collate(places, list(islice(items, len(places))), dataset)
+            yield self._collate(places, self._accepted(islice(items, len(places))), dataset)
+
+    def _accepted(self, items: Iterable[Item | BadSampleError]) -> list[Item | BadSampleError]:
+        """All of them.
+
+        Raises:
+            BadSampleError: one is bad, and the data set does not leave it out.
+        """
+        accepted = []
+        for item in items:
+            if isinstance(item, BadSampleError) and not getattr(self._dataset, "skip_bad", False):
+                # At once: the next may take minutes, if they come from the same server.
+                raise item
+            accepted.append(item)
+        return accepted
 
     def _item(self, epoch: int | None, index: int) -> Item | BadSampleError:
         if not isinstance(self._dataset, SampleSet):
@@ -206,56 +225,58 @@ class _Parts(IterableDataset[Any]):
 
 
 def _collate(places: list[int], items: list[Item | BadSampleError], dataset: AnySet) -> _Part:
-    """Put the good samples together.
-
-    Raises:
-        BadSampleError: one is bad, and the data set does not leave it out.
-    """
+    """Put the good samples together."""
     good: list[Item] = []
     problems: dict[int, str] = {}
     for place, item in zip(places, items, strict=True):
-        if not isinstance(item, BadSampleError):
-            good.append(item)
-        elif getattr(dataset, "skip_bad", False):
+        if isinstance(item, BadSampleError):
             problems[place] = str(item)
         else:
-            raise item
-    inputs: Tensor | list[Tensor] = [item[0] for item in good]
-    if good and len({each.shape for each in inputs}) == 1:
-        # In a worker it stacks into memory that the rank can see.
-        inputs = default_collate([item[0] for item in good])
-    targets = default_collate([item[1] for item in good]) if good else None
-    return _Part([place for place in places if place not in problems], inputs, targets, problems)
+            good.append(item)
+    inputs, targets = ([item[part] for item in good] for part in (0, 1))
+    return _Part([place for place in places if place not in problems], _stacked(inputs), _stacked(targets), problems)
+
+
+def _stacked(values: list[Any]) -> Tensor | list[Any]:
+    """One tensor where these are tensors of one shape; in a worker it is stacked into memory that the rank can see.
+
+    Each such tensor costs a file descriptor, which is sent over a socket; so numbers stay numbers.
+    """
+    shapes = {each.shape if isinstance(each, Tensor) else None for each in values}
+    return default_collate(values) if len(shapes) == 1 and None not in shapes else values
 
 
 def _keep(places: list[int], items: list[Item | BadSampleError], dataset: AnySet) -> list[Item | BadSampleError]:
-    """The samples as they are.
-
-    Raises:
-        BadSampleError: as ``_collate``.
-    """
-    for item in items:
-        if isinstance(item, BadSampleError) and not getattr(dataset, "skip_bad", False):
-            raise item
+    """The samples as they are."""
     return items
 
 
 def _outlive_signals(worker: int) -> None:
     """Leave signals to the rank, which has steps to do after one. SLURM and terminals send them to every process.
 
-    A worker ends by its rank's SIGTERM alone, which is how Python ends it when the rank ends.
+    A worker ends by its rank's SIGTERM alone, which is how Python ends it when the rank ends; or when the rank is gone.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _OUTLIVED)
-    Thread(target=_await_rank_s_signal, daemon=True).start()
+    Thread(target=_await_rank_s_end, daemon=True).start()
 
 
-def _await_rank_s_signal() -> None:
-    rank = os.getppid()
-    while True:
-        # Handlers would not be told who sent it.
-        received = signal.sigwaitinfo(_OUTLIVED)
-        if received.si_signo == signal.SIGTERM and received.si_pid == rank:
-            os._exit(0)
+def _await_rank_s_end() -> None:
+    rank = parent_process()
+    assert rank is not None, "workers are processes that the rank has started"
+    while os.getppid() == rank.pid:
+        # Handlers would not be told who sent it. A rank that is killed sends nothing.
+        received = signal.sigtimedwait(_OUTLIVED, _ORPHAN_SECONDS)
+        if received is not None and received.si_signo == signal.SIGTERM and received.si_pid == rank.pid:
+            break
+    _end_with_children()
+
+
+def _end_with_children() -> NoReturn:
+    # A command that waits for its server would wait on, with nobody to read from it.
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    os._exit(0)
 
 
 def _as_is(part: Any) -> Any:
@@ -270,42 +291,37 @@ def _assemble(dataset: AnySet, dealt: Dealt, parts: list[_Part], device: torch.d
             skipped.add(dealt.indices[place], problem)
             weights[place] = 0.0
     read_parts = [part for part in parts if part.places] or [_blank_part(dataset)]
-    inputs = [_finish(dataset, dealt, part, device) for part in read_parts]
-    targets = [part.targets.to(device, non_blocking=True) for part in read_parts if part.targets is not None]
+    inputs = [image for part in read_parts for image in _moved(part.inputs, device)]
+    targets = [target for part in read_parts for target in _moved(part.targets, device)]
     rows = {place: row for row, place in enumerate(place for part in read_parts for place in part.places)}
     # A bad sample is replaced by any good one, without weight: so mixing images never mixes in nothing.
-    order = [rows.get(place, 0) for place in range(len(dealt.indices))]
+    places = [place if place in rows else read_parts[0].places[0] for place in range(len(dealt.indices))]
+    order = [rows[place] for place in places]
     return Batch(
-        inputs=_arranged(inputs, order),
-        targets=_arranged(targets, order),
+        # In one go, as it was stored: finished images are larger, and would be copied once more to be put in order.
+        inputs=_finish(dataset, dealt, [inputs[row] for row in order], places),
+        targets=default_collate([targets[row] for row in order]).to(device, non_blocking=True),
         weights=torch.tensor(weights, device=device),
         num_global=dealt.num_global,
         samples=dealt.indices,
     )
 
 
-def _finish(dataset: AnySet, dealt: Dealt, part: _Part, device: torch.device) -> Tensor:
-    if isinstance(part.inputs, Tensor):
-        inputs = part.inputs.to(device, non_blocking=True)
-        if not isinstance(dataset, SampleSet | StreamedSet):
-            return inputs
-        parts: Sequence[Tensor] = list(inputs)
-    else:
-        assert isinstance(dataset, SampleSet | StreamedSet), "torch's own sets have inputs of one shape"
-        parts = [each.to(device, non_blocking=True) for each in part.inputs]
-    return dataset.finish(parts, dealt.epoch, [dealt.indices[place] for place in part.places])
+def _moved(samples: Tensor | list[Any], device: torch.device) -> Sequence[Any]:
+    """One by one, on the device; numbers stay what they are."""
+    if isinstance(samples, Tensor):
+        return samples.to(device, non_blocking=True).unbind()
+    return [each.to(device, non_blocking=True) if isinstance(each, Tensor) else each for each in samples]
+
+
+def _finish(dataset: AnySet, dealt: Dealt, inputs: list[Tensor], places: list[int]) -> Tensor:
+    if isinstance(dataset, SampleSet | StreamedSet):
+        return dataset.finish(inputs, dealt.epoch, [dealt.indices[place] for place in places])
+    return torch.stack(inputs)
 
 
 def _blank_part(dataset: AnySet) -> _Part:
     """Where no sample of the rank's part is good."""
     assert isinstance(dataset, SampleSet | StreamedSet), "others leave nothing out"
     image, target = dataset.blank()
-    return _Part([0], default_collate([image]), default_collate([target]))
-
-
-def _arranged(parts: list[Tensor], order: list[int]) -> Tensor:
-    """The rows of ``parts``, one after another, in the given order."""
-    rows = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if order == list(range(len(rows))):
-        return rows
-    return rows[torch.tensor(order, device=rows.device)]
+    return _Part([0], [image], [target])

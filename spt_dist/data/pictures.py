@@ -56,7 +56,7 @@ def decode(content: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Ima
         if image.mode == "P":
             # It is dropped in any case, but Pillow warns of that for each image.
             image.info.pop("transparency", None)
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     except BadSampleError:
         raise
     except UnidentifiedImageError as error:

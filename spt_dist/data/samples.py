@@ -71,6 +71,13 @@ class SampleSet(ABC):
     @abstractmethod
     def __len__(self) -> int: ...
 
+    def warm_up(self, show_progress: bool = False) -> None:  # noqa: B027  # most have nothing to do
+        """Read what has to be read before the first sample; may take long.
+
+        Args:
+            show_progress: whether to show a bar where it does.
+        """
+
     @abstractmethod
     def item(self, epoch: int | None, index: int) -> Item:
         """One sample; ``epoch`` and ``index`` as for ``Preparation.prepare``.

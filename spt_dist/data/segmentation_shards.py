@@ -51,6 +51,7 @@ class SegmentationShards(ShardSet):
             location, index, split, crops, lanes=lanes, window=window, skip_bad=skip_bad, num_workers=num_workers
         )
         self._split, self._images = split, images
+        self.contents = index.split(split, location).digest()
         self.classes, self.palette = images.classes, images.palette
 
     def label(self, index: int) -> str:

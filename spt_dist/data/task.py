@@ -17,6 +17,7 @@ class Task:
         num_train, num_val: how many samples each has.
         num_classes: outputs of the head.
         kind: "classification" or "segmentation".
+        contents: a digest of which training samples there are, in which order; "" where it follows from the config.
     """
 
     train: AnySet
@@ -25,3 +26,4 @@ class Task:
     num_val: int
     num_classes: int
     kind: str = CLASSIFICATION
+    contents: str = ""

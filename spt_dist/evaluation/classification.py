@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from spt_dist.data.batches import GlobalBatches
-from spt_dist.data.loader import load_batches, order_of
+from spt_dist.data.loader import Skipped, load_batches, order_of
 from spt_dist.data.task import Task
+from spt_dist.evaluation.left_out import tell_left_out
 from spt_dist.sensitivity.shards import all_sum, get_rank, world_size
 
 
@@ -26,14 +27,19 @@ def evaluate_top1(
 
     Returns:
         Between 0 and 1, the same on every rank.
+
+    Raises:
+        UserError: no sample can be read.
     """
     batches = GlobalBatches(task.num_val, batch_size, get_rank(), world_size(), order=order_of(task.val))
+    skipped = Skipped()
     counts = torch.zeros(2, dtype=torch.float64, device=device)
     was_training = module.training
     module.eval()
-    for batch in load_batches(task.val, batches.epoch(), device):
+    for batch in load_batches(task.val, batches.epoch(), device, skipped):
         hits = forward(batch.inputs).argmax(dim=-1) == batch.targets
         counts += torch.stack([(hits * batch.weights).sum(), batch.weights.sum()])
     module.train(was_training)
     all_sum(counts)
+    tell_left_out(skipped, task)
     return float(counts[0] / counts[1])

@@ -18,6 +18,7 @@ from spt_dist.data.samples import BadSampleError
 from spt_dist.data.segmentation_set import SegmentationSet
 from spt_dist.data.segmentation_shards import SegmentationShards
 from spt_dist.data.task import Task
+from spt_dist.evaluation.left_out import tell_left_out
 from spt_dist.evaluation.windows import Forward, enlarge, image_logits, lay_windows
 from spt_dist.models.sharded import is_sharded
 from spt_dist.progress import progress_bar
@@ -118,6 +119,7 @@ def segment_images(
                 if is_mine:
                     yield mine[place], prediction_HW.cpu(), label_HW
                     bar.advance()
+        tell_left_out(skipped, task)
     finally:
         module.train(was_training)
 

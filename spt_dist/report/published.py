@@ -38,6 +38,10 @@ def _vtab(label: str, mean: float | None, row: str) -> Published:
 
 
 # Method of a run, as in its summary -> what the paper has for it. Its mean of VTAB-1k is that of the groups' means.
+PUBLISHED_TASKS: dict[str, tuple[str, ...]] = {
+    "vtab": _VTAB_TASKS,
+    "fgvc": ("cub", "nabirds", "flowers", "dogs", "cars"),
+}
 PUBLISHED: dict[str, dict[str, Published]] = {
     "vtab": {
         "full": _vtab(

@@ -10,13 +10,16 @@ from spt_dist.config import lookup
 from spt_dist.errors import UserError
 from spt_dist.evaluation.scores import METRIC_LABELS
 from spt_dist.files import write_text
-from spt_dist.report.published import PUBLISHED, Published
+from spt_dist.report.published import PUBLISHED, PUBLISHED_TASKS, Published
 from spt_dist.report.suite_figures import draw_suite
 from spt_dist.report.summaries import METHOD_LABELS, read_summary
 from spt_dist.tables import format_table
+from spt_dist.training.record import read_recorded
 from spt_dist.training.suite import SUITE_FILE
 
 UNKNOWN = "-"
+# Sections of a config that a suite's members are expected to have in common.
+COMPARED = ("method", "train", "sensitivity", "seed")
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,13 @@ def report_suites(folders: Sequence[Path], out: Path) -> tuple[str, dict[str, Pa
         found = _read_members(folder, groups)
         metrics |= {summary["metric"] for summary in found.values()}
         columns.append(_own_column(folder, found))
-        columns += _published_columns(suite["published"], {summary["method"] for summary in found.values()})
+        methods = {summary["method"] for summary in found.values()}
+        columns += _published_columns(suite["published"], methods, groups)
     columns = list({column.label: column for column in columns}.values())
     what = " or ".join(sorted(METRIC_LABELS.get(metric, metric) for metric in metrics))
     table = tabulate(groups, columns, f"{what} on held-out samples, in percent")
+    for folder in folders:
+        table += _differences(folder, groups)
     files = {
         "table": write_text(out / "suite.txt", table + "\n"),
         "picture": draw_suite(groups, [(column.label, column.tasks) for column in columns], what, out / "suite.png"),
@@ -134,12 +140,27 @@ def _own_column(folder: Path, found: Mapping[str, dict[str, Any]]) -> Column:
     )
 
 
-def _published_columns(table: str, methods: set[str]) -> list[Column]:
-    """What a published table has for these methods."""
+def _published_columns(table: str, methods: set[str], groups: Mapping[str, Sequence[str]]) -> list[Column]:
+    """What a published table has for these methods; its mean only where the suite has all of its tasks."""
     if not table:
         return []
     rows: dict[str, Published] = lookup("suite.published", table, PUBLISHED)
-    return [Column(f"paper: {row.label}", row.tasks, row.mean) for method, row in rows.items() if method in methods]
+    is_whole = sorted(PUBLISHED_TASKS[table]) == sorted(task for tasks in groups.values() for task in tasks)
+    found = {method: row for method, row in rows.items() if method in methods}
+    return [Column(f"paper: {row.label}", row.tasks, row.mean if is_whole else None) for row in found.values()]
+
+
+def _differences(folder: Path, groups: Mapping[str, Sequence[str]]) -> str:
+    """A line on what a suite's finished members were not trained alike in; "" where there is nothing."""
+    values: dict[str, set[str]] = {}
+    for name in (name for tasks in groups.values() for name in tasks):
+        config = read_recorded(folder / name)
+        for section in COMPARED if config is not None else ():
+            content = config[section] if isinstance(config[section], dict) else {"": config[section]}
+            for key, value in content.items():
+                values.setdefault(f"{section}.{key}".rstrip("."), set()).add(json.dumps(value))
+    found = [f"{key} ({', '.join(sorted(seen))})" for key, seen in values.items() if len(seen) > 1]
+    return f"\nnote: the tasks of {folder} were not trained alike: {'; '.join(found)}" if found else ""
 
 
 def _read_suite(folder: Path) -> dict[str, Any]:

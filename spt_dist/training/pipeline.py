@@ -18,6 +18,7 @@ from spt_dist.allocation.plan import Plan
 from spt_dist.config import check_arguments, lookup
 from spt_dist.data.batches import deal_samples, epoch_key
 from spt_dist.data.loader import load_batches
+from spt_dist.data.samples import SampleSet
 from spt_dist.data.task import Task
 from spt_dist.data.tasks import TASKS, build_task
 from spt_dist.errors import UserError
@@ -122,6 +123,7 @@ def run_training(
     work_dir = Path(config.work_dir)
     task = build_task(config.data, config.model.num_classes)
     check_setup(work_dir, task, config)
+    _warm_up(task)
     checkpoint = find_checkpoint(resume, work_dir / "checkpoints")
     if checkpoint is not None:
         checkpoint.check(run_identity(config, task))
@@ -192,6 +194,13 @@ def check_setup(work_dir: Path, task: Task, config: RunConfig) -> None:
     make_mixing(config.train, task)
     if head_buffers(model):
         _check_batch_norm(config)
+
+
+def _warm_up(task: Task) -> None:
+    """Read what takes long now, while nobody waits for a step."""
+    for samples in (task.train, task.val):
+        if isinstance(samples, SampleSet):
+            samples.warm_up(show_progress=dist.get_rank() == 0)
 
 
 def _check_batches(num_train: int, train: TrainConfig) -> None:

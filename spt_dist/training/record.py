@@ -101,13 +101,13 @@ def is_finished(config: RunConfig) -> bool:
     if dist.get_rank() == 0:
         work_dir = Path(config.work_dir)
         found = [
-            (work_dir / "summary.json").is_file() and _recorded(work_dir) == json.loads(json.dumps(asdict(config)))
+            (work_dir / "summary.json").is_file() and read_recorded(work_dir) == json.loads(json.dumps(asdict(config)))
         ]
     dist.broadcast_object_list(found)
     return found[0]
 
 
-def _recorded(work_dir: Path) -> Any:
+def read_recorded(work_dir: Path) -> Any:
     """The merged config of the run in a work dir; ``None`` where that can't be read."""
     try:
         return json.loads((work_dir / "run.json").read_text(encoding="utf-8"))["config"]

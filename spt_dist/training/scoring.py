@@ -17,6 +17,7 @@ from spt_dist.data.batches import deal_samples, epoch_key
 from spt_dist.data.loader import Skipped, load_batches, order_of
 from spt_dist.data.task import Task
 from spt_dist.errors import UserError
+from spt_dist.evaluation.left_out import gather_left_out
 from spt_dist.models.classifier import build_classifier, create_model
 from spt_dist.models.losses import sample_losses
 from spt_dist.models.matrices import take_inventory
@@ -64,7 +65,7 @@ def score(config: RunConfig, model: nn.Module, task: Task, report: Report = igno
         return load_scores(wanted.scores, model)
     sample_ids = choose_samples(config, task)
     if getattr(task.train, "skip_bad", False):
-        sample_ids = _without_bad(config, task, sample_ids)
+        sample_ids = _without_bad(config, task, sample_ids, report)
     rank, key = dist.get_rank(), epoch_key(config.seed, 0)
     same_batches = wanted.criterion == "batch"
     dealt = deal_samples(sample_ids, wanted.batch_size, rank, dist.get_world_size(), same_batches, key)
@@ -76,7 +77,12 @@ def score(config: RunConfig, model: nn.Module, task: Task, report: Report = igno
     with progress_bar("sensitivity", len(dealt), rank == 0) as bar:
 
         def batches() -> Any:
-            for batch in load_batches(task.train, dealt, device):
+            skipped = Skipped()
+            for batch in load_batches(task.train, dealt, device, skipped):
+                if skipped.indices:
+                    raise UserError(
+                        f"training sample {min(skipped.indices)} could be read at first, and can not any more"
+                    )
                 report(0, "scoring")
                 yield batch.inputs, batch.targets
                 bar.advance()
@@ -121,11 +127,9 @@ def load_scores(folder: str, model: nn.Module) -> Scores:
 def choose_samples(config: RunConfig, task: Task) -> list[int]:
     """Indices of the training samples that stage 1 scores, ascending.
 
-    A random choice is by the run's seed: among all samples; or, of samples in shards, those that a shuffled epoch would
-    begin with, so that few shards are read.
 
     Raises:
-        UserError: a random choice of more samples than there are.
+        UserError: more samples than there are, unless they come in file order.
     """
     wanted, num_train = config.sensitivity, task.num_train
     if wanted.sample_order == "file":
@@ -133,31 +137,28 @@ def choose_samples(config: RunConfig, task: Task) -> list[int]:
     if wanted.num_samples > num_train:
         raise UserError(f"config: sensitivity.num_samples={wanted.num_samples}, but the task has {num_train} samples")
     order = order_of(task.train)
-    if order is not None:
+    if wanted.sample_order == "epoch" and order is not None:
         shuffled = order(epoch_key(config.seed, 0))
     else:
         shuffled = torch.randperm(num_train, generator=torch.Generator().manual_seed(config.seed))
     return shuffled[: wanted.num_samples].sort().values.tolist()
 
 
-def _without_bad(config: RunConfig, task: Task, sample_ids: list[int]) -> list[int]:
+def _without_bad(config: RunConfig, task: Task, sample_ids: list[int], report: Report) -> list[int]:
     """Those samples that can be read; each is, by one rank. Collective.
 
     Raises:
         UserError: none can.
     """
-    skipped, world_size = Skipped(), dist.get_world_size()
-    dealt = deal_samples(
-        sample_ids, config.sensitivity.batch_size, dist.get_rank(), world_size, False, epoch_key(config.seed, 0)
-    )
+    skipped, key = Skipped(), epoch_key(config.seed, 0)
+    batch_size = config.sensitivity.batch_size
+    dealt = deal_samples(sample_ids, batch_size, dist.get_rank(), dist.get_world_size(), False, key)
     for _ in load_batches(task.train, dealt, torch.device("cpu"), skipped):
-        pass
-    found: list[set[int]] = [set()] * world_size
-    dist.all_gather_object(found, skipped.indices)
-    bad = set().union(*found)
+        report(0, "looking for bad samples")
+    bad = gather_left_out(skipped)
     if bad == set(sample_ids):
         raise UserError(f"none of the {len(bad):,} training samples to be scored can be read, see the warnings above")
-    if bad:
+    if bad and dist.get_rank() == 0:
         logger.warning("%d of %d samples to be scored are left out", len(bad), len(sample_ids))
     return [sample for sample in sample_ids if sample not in bad]
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from spt_dist.data.tasks import build_task
 from spt_dist.errors import UserError
 from spt_dist.files import write_text
 from spt_dist.parallel.signals import StopSignals
@@ -50,6 +51,9 @@ def run_suite(suite: Suite, resume: bool, report: Report = ignore, stop: StopSig
     for member in suite.members:
         with naming(member):
             check_config(member.config)
+            report(0, f"looking at the data of {member.name}")
+            # A list or a shard that is missing is told now, not hours later.
+            build_task(member.config.data, member.config.model.num_classes)
     if dist.get_rank() == 0:
         described = {"path": str(suite.path), "groups": suite.groups, "published": suite.published}
         write_text(suite.work_dir / SUITE_FILE, json.dumps(described, indent=1))

@@ -17,6 +17,7 @@ from spt_dist.data.batches import GlobalBatches
 from spt_dist.data.loader import Batch, Skipped, load_batches, order_of
 from spt_dist.data.task import Task
 from spt_dist.errors import UserError
+from spt_dist.evaluation.left_out import gather_left_out
 from spt_dist.evaluation.scores import evaluate, main_metric
 from spt_dist.files import save_tensors
 from spt_dist.models.losses import sample_losses
@@ -274,10 +275,9 @@ class Trainer:
     def _tell_skipped(self) -> None:
         """Log how many training samples were left out since this run began or was resumed. Collective."""
         if getattr(self.task.train, "skip_bad", False):
-            found: list[set[int]] = [set()] * self.world_size
-            dist.all_gather_object(found, self.skipped.indices)
-            if bad := set().union(*found):
-                logger.warning("%d of %d training samples were left out", len(bad), self.task.num_train)
+            num_bad = len(gather_left_out(self.skipped))
+            if num_bad and self.rank == 0:
+                logger.warning("%d of %d training samples were left out", num_bad, self.task.num_train)
 
     def _not_finite(self, what: str, value: float, lr: float, batch: Batch, losses_B: Tensor) -> UserError:
         """Which samples of which rank gave no finite loss. Collective."""
@@ -296,11 +296,12 @@ class Trainer:
 def run_identity(config: RunConfig, task: Task) -> RunIdentity:
     """What a checkpoint has to have in common with a run that goes on with it."""
     train, model = config.train, config.model
+    contents = {"contents": task.contents} if task.contents else {}
     return RunIdentity(
         seed=config.seed,
         batch_size=train.batch_size,
         num_train=task.num_train,
-        data={key: value for key, value in config.data.items() if key not in READING_KEYS},
+        data={key: value for key, value in config.data.items() if key not in READING_KEYS} | contents,
         model={"name": model.name, "num_classes": model.num_classes, "kwargs": model.kwargs},
         method={key: value for key, value in config.method.items() if key != "path"},
         schedule={

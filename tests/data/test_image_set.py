@@ -1,7 +1,13 @@
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.progress import TaskID
 
 from spt_dist import UserError
 from spt_dist.data import image_set
@@ -10,6 +16,7 @@ from spt_dist.data.image_set import ImageList, ImageSet
 from spt_dist.data.loader import Skipped, load_batches
 from spt_dist.data.pictures import PicturePreparation
 from spt_dist.data.samples import BadSampleError
+from spt_dist.progress import Bar
 from tests.data.pictures_for_tests import write_image
 
 Preparation = PicturePreparation
@@ -50,6 +57,76 @@ def test_in_memory_files_are_read_once(images: ImageList) -> None:
     for file in images.files:
         (images.root / file).unlink()
     assert_equal(items(kept, 1), first)
+
+
+def test_what_is_warm_is_not_read_with_the_first_sample(images: ImageList) -> None:
+    kept, read = (ImageSet(images, Preparation("vtab", 32), in_memory=in_memory) for in_memory in (True, False))
+    expected = items(read)
+    for dataset in (kept, read):
+        dataset.warm_up()
+        dataset.warm_up()
+    for file in images.files:
+        (images.root / file).unlink()
+    assert_equal(items(kept), expected)
+    with pytest.raises(BadSampleError, match="can't be read"):
+        read.item(None, 0)
+
+
+def test_warming_up_leaves_bad_samples_to_who_asks_for_them(images: ImageList) -> None:
+    (images.root / "images/1.png").unlink()
+    kept = ImageSet(images, Preparation("vtab", 32), in_memory=True)
+    kept.warm_up()
+    kept.item(None, 0)
+    with pytest.raises(BadSampleError, match=r"/images/1\.png: can't be read"):
+        kept.item(None, 1)
+
+
+def test_a_warm_up_that_was_interrupted_begins_anew(images: ImageList, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = ImageSet(images, Preparation("vtab", 32), in_memory=True)
+
+    class Stopped(Bar):
+        def advance(self, steps: int = 1, note: str = "") -> None:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image_set, "progress_bar", lambda *_: nullcontext(Stopped(None, TaskID(0))))
+        with pytest.raises(KeyboardInterrupt):
+            kept.warm_up()
+    assert len(items(kept)) == 5
+
+
+@pytest.mark.parametrize(
+    ("num_images", "show", "shown"), [(1001, True, True), (1000, True, False), (1001, False, False)]
+)
+def test_many_images_are_read_behind_a_bar(
+    images: ImageList, monkeypatch: pytest.MonkeyPatch, num_images: int, show: bool, shown: bool
+) -> None:
+    advanced, enabled, threads = 0, [], []
+
+    class Counted(Bar):
+        def advance(self, steps: int = 1, note: str = "") -> None:
+            nonlocal advanced
+            advanced += steps
+
+    def bar(description: str, total: int, is_enabled: bool) -> Any:
+        assert total == num_images
+        enabled.append(is_enabled)
+        return nullcontext(Counted(None, TaskID(0)))
+
+    def pool(num_threads: int) -> ThreadPoolExecutor:
+        threads.append(num_threads)
+        return ThreadPoolExecutor(num_threads)
+
+    many = replace(images, files=images.files[:1] * num_images, labels=[0] * num_images)
+    monkeypatch.setattr(image_set, "progress_bar", bar)
+    monkeypatch.setattr(image_set, "ThreadPoolExecutor", pool)
+    # A rank may be given some of the cores only.
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3, 5})
+    ImageSet(many, Preparation("vtab", 8), in_memory=True).warm_up(show)
+    assert enabled == [shown]
+    assert advanced == num_images
+    assert threads == [3]
 
 
 def test_what_is_kept_by_default(images: ImageList, monkeypatch: pytest.MonkeyPatch) -> None:

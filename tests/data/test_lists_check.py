@@ -167,16 +167,57 @@ def test_fine_grained_sets(tmp_path: Path) -> None:
 
 
 def test_folders(tmp_path: Path) -> None:
-    for file in ("train/cat/0.png", "train/dog/1.png", "train/dog/2.png", "val/dog/3.png"):
-        write_image(tmp_path / file)
+    for seed, file in enumerate(("train/cat/0.png", "train/dog/1.png", "train/dog/2.png", "val/dog/3.png")):
+        write_image(tmp_path / file, seed)
     report = check_lists(image_folder(tmp_path), 1, show_progress=False)
     assert report.problems == []
     assert [(split.name, list(split.counts_K)) for split in report.splits] == [("train", [1, 2]), ("val", [0, 1])]  # type: ignore[arg-type]
-    write_image(tmp_path / "test/cow/4.png")
+    write_image(tmp_path / "test/cow/4.png", 4)
     (problem,) = check_lists(image_folder(tmp_path), 1, show_progress=False).problems
     assert problem.startswith(f"{tmp_path}/test/cow: 1 of the classes here are none")
     with pytest.raises(UserError, match="nowhere/train: has to be a folder"):
         image_folder(tmp_path / "nowhere")
+
+
+def test_folders_that_share_images(tmp_path: Path) -> None:
+    for seed in range(6):
+        write_image(tmp_path / f"train/cat/{seed}.png", seed)
+    write_image(tmp_path / "val/cat/9.png", 9)
+    write_image(tmp_path / "test/cat/copied.png", 9)
+    # The name alone says nothing, nor does it that files are damaged alike; twice in one split is allowed.
+    write_image(tmp_path / "val/cat/0.png", 10)
+    for split in ("train", "val"):
+        (tmp_path / split / "cat/empty.png").touch()
+    write_image(tmp_path / "train/cat/again.png", 5)
+    (tmp_path / "val/cat/linked.png").symlink_to(tmp_path / "train/cat/4.png")
+    write_image(tmp_path / "train/cat/deep/elsewhere.png", 7)
+    (tmp_path / "val/cat/folder").symlink_to(tmp_path / "train/cat/deep")
+    report = check_lists(image_folder(tmp_path), 2, show_progress=False)
+    assert [split.problems for split in report.splits] == [
+        (f"{tmp_path}/train/cat/empty.png: is empty",),
+        (f"{tmp_path}/val/cat/empty.png: is empty",),
+        (),
+    ]
+    assert list(report.overlaps) == [
+        f"{tmp_path}: 2 images are in train and in val: train/cat/4.png is val/cat/linked.png, "
+        "train/cat/deep/elsewhere.png is val/cat/folder/elsewhere.png",
+        f"{tmp_path}: 1 images are in val and in test: val/cat/9.png is test/cat/copied.png",
+    ]
+
+
+def test_links_that_lead_back_are_found(tmp_path: Path) -> None:
+    for seed, file in enumerate(("train/a/0.png", "train/a/1.png", "train/b/2.png", "val/b/3.png")):
+        write_image(tmp_path / file, seed)
+    (tmp_path / "train/a/loop").symlink_to("../a")
+    (problem,) = check_lists(image_folder(tmp_path), 1, show_progress=False).problems
+    assert problem.startswith(f"{tmp_path}/train/a/loop: this link leads to ")
+
+
+def test_equal_pictures_of_published_lists_are_no_mistake(root: Path) -> None:
+    """dSprites shows some shapes alike under several angles."""
+    images = root / "kitti/images"
+    (images / "test/0.png").write_bytes((images / "train800/0.png").read_bytes())
+    assert check(root).problems == []
 
 
 def test_published_numbers() -> None:

@@ -1,10 +1,14 @@
 """Reading dealt batches: workers, bad samples, sets that are streamed."""
 
 import logging
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +17,7 @@ from spt_dist import UserError
 from spt_dist.data.batches import GlobalBatches
 from spt_dist.data.loader import Batch, Skipped, load_batches, order_of
 from spt_dist.data.samples import BadSampleError, Item, SampleSet, StreamedSet
+from tests.data.shards.shards_for_tests import write_shards
 
 CPU = torch.device("cpu")
 NUM_SAMPLES = 23
@@ -35,7 +40,9 @@ class Numbered(SampleSet):
         return torch.tensor([index, (epoch or 0) % 256] + [0] * (length - 2), dtype=torch.uint8), index
 
     def finish(self, inputs: Sequence[Tensor], epoch: int | None, indices: Sequence[int]) -> Tensor:
-        assert [int(each[0]) for each in inputs] in (list(indices), [255])
+        numbers = [int(each[0]) for each in inputs]
+        # A bad one is stood for by a good one of its batch, or by a blank.
+        assert numbers == list(indices) or set(numbers) == {255}
         return torch.stack([each[:2].float() for each in inputs])
 
     def blank(self) -> Item:
@@ -129,6 +136,24 @@ def test_a_bad_sample_ends_the_run_where_none_are_left_out(kind: type[Numbered],
     assert str(raised.value) == "images/7.jpg: is cut off"
 
 
+@pytest.mark.parametrize("kind", [Numbered, Streamed])
+def test_a_bad_sample_ends_the_run_before_others_are_read(
+    kind: type[Numbered], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def item(self: Numbered, epoch: int | None, index: int) -> Item:
+        asked.append(index)
+        return own(self, epoch, index)
+
+    own = Numbered.item
+    monkeypatch.setattr(Numbered, "item", item)
+    # The second of the first batch of four.
+    with pytest.raises(UserError):
+        read_all(kind(bad={1, 3}, skip_bad=False), seed=None)
+    assert asked == ([0, 1] if kind is Numbered else [1])
+
+
 def test_bad_samples_are_named_once_and_not_without_end(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         read_all(Numbered(bad=set(range(1, NUM_SAMPLES))), seed=None, last=24)
@@ -159,3 +184,64 @@ sys.modules["kept"] = left  # beyond the end of the program
 def test_a_program_ends_with_workers_left_behind() -> None:
     ended = subprocess.run([sys.executable, "-c", _LEAVES_WORKERS], timeout=60, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (0, "read\n"), ended.stderr
+
+
+_HAS_A_STUCK_WORKER = """
+import multiprocessing, os, sys
+from threading import Thread
+from tests.data.shards.shards_for_tests import open_set
+from tests.data.test_loader import CPU
+from spt_dist.data.batches import GlobalBatches
+from spt_dist.data.loader import load_batches, order_of
+folder, location, then = sys.argv[1:]
+
+def on_input():
+    os.read(0, 1)  # not by sys.stdin, whose lock a worker would wait for
+    exec(then)
+
+samples = open_set(folder, num_workers=1)
+samples._location = location
+Thread(target=on_input, daemon=True).start()
+next(load_batches(samples, GlobalBatches(len(samples), 4, order=order_of(samples)).epoch(), CPU))
+"""
+
+
+@pytest.mark.parametrize("then", ["os._exit(1)", "multiprocessing.active_children()[0].terminate()"])
+@pytest.mark.parametrize("command", ["curl", "sleep"])
+def test_a_worker_ends_with_its_rank_in_the_midst_of_a_read(tmp_path: Path, command: str, then: str) -> None:
+    write_shards(tmp_path, [9])
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        location = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        if command == "sleep":
+            location = "pipe:(sleep 1000; echo {}); true"
+        arguments = [sys.executable, "-c", _HAS_A_STUCK_WORKER, str(tmp_path), location, then]
+        rank = subprocess.Popen(arguments, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        try:
+            children = children_once_there_is(command, psutil.Process(rank.pid))
+            assert len(children) >= 2 and all(is_alive(each) for each in children)
+            rank.communicate(b"\n", timeout=15)
+            deadline = time.monotonic() + 15
+            while (left := [each for each in children if is_alive(each)]) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert not left
+        finally:
+            rank.kill()
+            rank.wait()
+
+
+def children_once_there_is(command: str, process: psutil.Process) -> list[psutil.Process]:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        children = process.children(recursive=True)
+        if command in [each.name() for each in children if is_alive(each)]:
+            return children
+        time.sleep(0.1)
+    raise AssertionError(f"{command} has not been started")
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Not so one that has ended, which nobody has asked for its status."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -64,9 +64,9 @@ def test_mistakes(root: Path, tmp_path: Path) -> None:
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of 1,200 training images and 30 others."""
     root = tmp_path_factory.mktemp("pictures")
-    for split, count in (("train", 1200), ("val", 30)):
+    for split, count, seed in (("train", 1200, 0), ("val", 30, 5000)):
         for place in range(count):
-            write_image(root / split / f"class_{place % 3}" / f"{place}.png", place)
+            write_image(root / split / f"class_{place % 3}" / f"{place}.png", seed + place)
     return root
 
 

@@ -44,10 +44,17 @@ def test_a_killed_suite_goes_on_and_ends_in_a_table(tmp_path: Path) -> None:
 def test_what_a_suite_does_not_take_is_refused(tmp_path: Path) -> None:
     write_config(tmp_path / "one.py")
     (tmp_path / "all.py").write_text('suite = dict(groups=dict(low=["one.py"]))\n')
+    # Nothing of the first is trained where the second's data are missing.
+    (tmp_path / "far.py").write_text(
+        "_base_ = ['one.py']\ndata = dict(_delete_=True, type='shards', root='gone', transform='vtab')\n"
+    )
+    (tmp_path / "two.py").write_text('suite = dict(groups=dict(low=["one.py", "far.py"]))\nwork_dir = "never"\n')
     for arguments, message in (
         ([tmp_path / "all.py", "--dry-run"], "--dry-run"),
         ([tmp_path / "one.py", "--tasks", "one"], "--tasks"),
         ([tmp_path / "all.py", "--tasks", "on"], "one"),
+        ([tmp_path / "two.py"], "gone/index.json"),
+        ([tmp_path / "one.py", "--cfg-options", "data.root=pipe:cat x/{}"], "blanks"),
     ):
         result = run_script(["train.py", *arguments])
         assert result.rc == 2

@@ -12,12 +12,22 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from spt_dist import UserError, estimate_sensitivity
 from spt_dist.config import load_config
+from spt_dist.data.pictures import PicturePreparation
+from spt_dist.data.shards.index import Shard, ShardIndex, Split
+from spt_dist.data.shards.shard_set import ShardSet
+from spt_dist.data.task import Task
 from spt_dist.data.tasks import build_task
 from spt_dist.training.scoring import build_model, choose_samples, load_scores, make_run_plan, score
 from tests.launch.runs import NUM_TRAIN, write_backbone, write_config
 from tests.models_for_tests import make_samples, make_vit, pick
 from tests.ranks import run_ranks
 from tests.sensitivity.oracle import relative_error
+
+
+def task_of(num_train: int) -> Task:
+    """A task with so many training samples."""
+    samples = TensorDataset(torch.zeros(num_train))
+    return Task(samples, samples, num_train, num_train, 10)
 
 
 def score_on_ranks(path: str, options: dict[str, Any]) -> tuple[dict[str, Tensor], list[int]]:
@@ -35,7 +45,8 @@ def squares_of_batches(path: str, options: dict[str, Any], batches: list[list[in
     model.train(config.sensitivity.train_mode)
     sums = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
     torch.manual_seed(config.seed)
-    for images, labels in DataLoader(task.train, batch_sampler=batches):
+    # A generator of its own: otherwise the loader would draw from the one that drop-path draws from.
+    for images, labels in DataLoader(task.train, batch_sampler=batches, generator=torch.Generator()):
         model.zero_grad()
         F.cross_entropy(model(images), labels).backward()
         for name, parameter in model.named_parameters():
@@ -91,8 +102,8 @@ def test_the_presets_values(tmp_path: Path) -> None:
     assert config.sensitivity.preset == "released"
     assert (config.sensitivity.num_samples, config.sensitivity.batch_size) == (512, 32)
     assert (config.sensitivity.criterion, config.sensitivity.train_mode) == ("batch", True)
-    assert choose_samples(config, 1000) == list(range(512))
-    assert choose_samples(config, 300) == list(range(300))
+    assert choose_samples(config, task_of(1000)) == list(range(512))
+    assert choose_samples(config, task_of(300)) == list(range(300))
 
 
 @pytest.mark.parametrize(
@@ -114,11 +125,30 @@ def test_contradictions_are_refused(tmp_path: Path, options: dict[str, Any], mes
 
 def test_a_random_choice_needs_enough_samples(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path / "tiny.py"))
-    chosen = choose_samples(config, NUM_TRAIN)
+    chosen = choose_samples(config, task_of(NUM_TRAIN))
     assert len(set(chosen)) == 50
     assert chosen != list(range(50))
     with pytest.raises(UserError, match=r"sensitivity\.num_samples=50, but the task has 49 samples"):
-        choose_samples(config, 49)
+        choose_samples(config, task_of(49))
+
+
+def test_samples_in_shards_are_chosen_among_all_unless_few_shards_shall_be_read(tmp_path: Path) -> None:
+    """50 shards of 100, each of one class: a shuffled epoch begins with few of them."""
+    sizes, shards = [100] * 50, []
+    for number, size in enumerate(sizes):
+        shards.append(Shard(f"train-{number}.tar", 1, size, "", bytes(4 * size)))
+    index = ShardIndex("classification", tuple(map(str, range(50))), {"train": Split(tuple(shards))})
+    samples = ShardSet("nowhere", index, "train", PicturePreparation("vtab", 8), lanes=4)
+    task = Task(samples, samples, len(samples), len(samples), 50)
+    chosen = {}
+    for order in ("random", "epoch"):
+        options = {"sensitivity.sample_order": order, "sensitivity.num_samples": 200}
+        chosen[order] = choose_samples(load_config(write_config(tmp_path / "tiny.py"), options), task)
+        assert len(set(chosen[order])) == 200
+        assert chosen[order] == sorted(chosen[order])
+    classes = {order: {sample // 100 for sample in samples} for order, samples in chosen.items()}
+    assert len(classes["random"]) > 40
+    assert 4 <= len(classes["epoch"]) <= 16
 
 
 def test_names_that_the_released_preset_does_not_know_are_refused_before_the_pass(tmp_path: Path) -> None:
@@ -144,7 +174,7 @@ def score_broken_on_ranks(path: str) -> str:
     """What is said about an image of rank 1's that holds NaN."""
     config = load_config(path, {"sensitivity.num_samples": 6})
     task = build_task(config.data, config.model.num_classes)
-    broken = choose_samples(config, task.num_train)[3]
+    broken = choose_samples(config, task)[3]
     images, labels = zip(*(task.train[place] for place in range(task.num_train)), strict=True)
     pixels = torch.stack(images)
     pixels[broken, 0, 0, 0] = float("nan")

@@ -35,4 +35,4 @@ def picture_task(
         ImageSet(images, preparation, in_memory=in_memory, skip_bad=skip_bad_samples, num_workers=num_workers)
         for images in (train, val)
     )
-    return Task(train_set, val_set, len(train), len(val), len(train.classes))
+    return Task(train_set, val_set, len(train), len(val), len(train.classes), contents=train.digest())

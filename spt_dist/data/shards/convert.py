@@ -81,10 +81,11 @@ def convert(
         show_progress: whether to show a bar.
 
     Raises:
-        UserError: ``out`` has something else in it; a sample is not good; the disk is full. Complete shards stay,
-            and nothing that is half-written.
+        UserError: ``out`` has something else in it, lies among what is converted, or the other way round; a sample is
+            not good; the disk is full. Complete shards stay, and nothing that is half-written.
     """
     out = Path(out)
+    _require_apart(source.root, out)
     for name, value in (("--shard-size", shard_size), ("--workers", num_threads)):
         if value < 1:
             raise UserError(f"{name} {value}: has to be at least 1")
@@ -106,6 +107,13 @@ def convert(
     if conversion.left_out:
         _warn(out, conversion.left_out)
     return conversion
+
+
+def _require_apart(root: Path, out: Path) -> None:
+    """Shards are no part of what is converted: a folder in an image folder is a class of it."""
+    inner, outer = root.resolve(), out.resolve()
+    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
+        raise UserError(f"--shards {out}: has to lie beside {root}, which is converted, neither in it nor around it")
 
 
 def _plan(source: Source, shard_size: int, seed: int) -> list[_Plan]:

@@ -5,6 +5,7 @@ import binascii
 import json
 import re
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Final
 
 from spt_dist.data.shards.openers import read_whole, shown
@@ -55,6 +56,11 @@ class Split:
     def num_samples(self) -> int:
         """Of all shards."""
         return sum(shard.num_samples for shard in self.shards)
+
+    def digest(self) -> str:
+        """Of which samples there are, in which shards."""
+        listed = [f"{shard.name} {shard.num_samples} {shard.sha256}" for shard in self.shards]
+        return sha256("\n".join(listed).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Reading the samples of one lane that are asked for, with one shard open at a time."""
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ Outcome = tuple[str, StoredSample] | BadSampleError
 
 _PAUSES: Final = (1.0, 5.0)
 """Seconds before each further attempt at what does not come from a disk."""
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,9 @@ class _OpenShard:
                 why = f"it can't be opened ({error.strerror or error})"
             if self._pauses:
                 self.close()
-                time.sleep(self._pauses.pop(0))
+                pause = self._pauses.pop(0)
+                _logger.warning("%s: %s; it is begun again in %g s", self._path, why, pause)
+                time.sleep(pause)
             else:
                 self._broken = why
         return BadSampleError(f"{self._name(position)}: {self._broken}")

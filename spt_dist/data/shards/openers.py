@@ -14,11 +14,26 @@ from webdataset.gopen import Pipe, gopen, set_options
 
 from spt_dist.errors import UserError
 
-_THROUGH_GOPEN: Final = ("http", "https", "gs")
+# gopen's own curl tries for more than a minute when a host is not found or a server busy: it would count as stalled.
+_CURL: Final = "curl --connect-timeout 15 --retry 2 --retry-delay 2 -f -s -L {}"
+_COMMANDS: Final = {"http": _CURL, "https": _CURL, "s3": "aws s3 cp {} -", "gs": "gsutil cat {}"}
+_CURL_STATUSES: Final = {
+    6: "the host is not found",
+    7: "the connection is refused",
+    18: "less has come than the server promised",
+    22: "the server answers with an error, such as 404",
+    28: "the server is too slow",
+    35: "the TLS handshake fails",
+    52: "the server answers nothing",
+    56: "the transfer is broken off",
+    60: "the server's TLS certificate can't be verified",
+}
+_NOT_FOUND: Final = 127  # says the shell
 _SCHEMES: Final = "http://, https://, s3://, gs:// and pipe:"
 _PIECE: Final = 2**20
 _MOST_AT_ONCE: Final = 2**16  # what fits in a pipe
-STALL_SECONDS: Final = 300.0
+# Three attempts have to be over well before a run without progress is ended (engine.timeout, 600 s).
+STALL_SECONDS: Final = 60.0
 
 
 class Stream(ABC):
@@ -59,12 +74,12 @@ class _LocalStream(Stream):
 
 
 class _PipeStream(Stream):
-    """What a command prints."""
+    """What a command prints. ``program`` is what it is called in messages."""
 
-    def __init__(self, url: str, stall_seconds: float) -> None:
+    def __init__(self, command: str, program: str, stall_seconds: float) -> None:
         # Unbuffered: a poll knows nothing of what lies in a buffer.
-        self._pipe: Pipe = gopen(url, "rb", bufsize=0)
-        self._stall_seconds = stall_seconds
+        self._pipe: Pipe = gopen(f"pipe:{command}", "rb", bufsize=0)
+        self._program, self._stall_seconds = program, stall_seconds
         # Its own check ends a read for which there is data left, or does not: it depends on which process is faster.
         set_options(self._pipe, ignore_errors=True)
         self._descriptor: int = self._pipe.stream.fileno()
@@ -91,8 +106,8 @@ class _PipeStream(Stream):
         try:
             status = self._pipe.proc.wait(self._stall_seconds)
         except subprocess.TimeoutExpired:
-            return f"the command has not ended {self._stall_seconds:.0f} s after its output"
-        return f"the command failed with status {status}" if status else ""
+            return f"{self._program} has not ended {self._stall_seconds:.0f} s after its output"
+        return _failure(self._program, status) if status else ""
 
     def close(self) -> None:
         # It may be waiting for something other than to be read.
@@ -139,7 +154,13 @@ def open_stream(location: str, name: str, stall_seconds: float = STALL_SECONDS) 
         OSError: a file that can't be opened. A command that fails is noticed only when it is read.
     """
     url = _url(location, name)
-    return _LocalStream(url) if is_local(location) else _PipeStream(_for_gopen(url), stall_seconds)
+    if is_local(location):
+        return _LocalStream(url)
+    scheme, _, rest = url.partition(":")
+    if scheme == "pipe":
+        return _PipeStream(rest, "the command", stall_seconds)
+    command = _COMMANDS[scheme]
+    return _PipeStream(f"exec {command.format(shlex.quote(url))}", command.split()[0], stall_seconds)
 
 
 def read_whole(location: str, name: str, most_bytes: int) -> bytes:
@@ -179,11 +200,14 @@ def _url(location: str, name: str) -> str:
     if is_local(location):
         return str(Path(location) / name)
     parts = urlsplit(location)
-    if parts.scheme not in (*_THROUGH_GOPEN, "s3"):
+    if parts.scheme not in _COMMANDS:
         raise UserError(f"{location}: shards are read from folders and from {_SCHEMES}")
     # What a signed URL has behind its path stays there.
     return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
 
 
-def _for_gopen(url: str) -> str:
-    return f"pipe:exec aws s3 cp {shlex.quote(url)} -" if url.startswith("s3://") else url
+def _failure(program: str, status: int) -> str:
+    meaning = _CURL_STATUSES.get(status, "") if program == "curl" else ""
+    if status == _NOT_FOUND and program != "the command":
+        meaning = f"is {program} installed?"
+    return f"{program} failed with status {status}" + f": {meaning}" * bool(meaning)

@@ -65,4 +65,5 @@ def build_shards(
         )
         for split in (train, val)
     )
-    return Task(train_set, val_set, len(train_set), len(val_set), len(index.classes))
+    contents = index.split(train, root).digest()
+    return Task(train_set, val_set, len(train_set), len(val_set), len(index.classes), contents=contents)

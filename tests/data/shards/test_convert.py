@@ -232,6 +232,18 @@ def test_folders_with_other_things_in_them_are_refused(source: Source, whole: di
         run(source, tmp_path / "file")
 
 
+def test_shards_and_source_lie_side_by_side(own_source: Source, tmp_path: Path) -> None:
+    root = own_source.root
+    before = snapshot(root)
+    (tmp_path / "linked").symlink_to(root)
+    for out in (root, root / "train/shards", tmp_path, tmp_path / "linked/shards", tmp_path / "own/../own/shards"):
+        with pytest.raises(UserError, match=f"^--shards {out}: has to lie beside {root}, which is converted"):
+            run(own_source, out)
+    assert snapshot(root) == before
+    # Not one in the other, though its name begins alike.
+    run(own_source, tmp_path / "own-shards")
+
+
 def test_one_conversion_at_a_time(source: Source, tmp_path: Path) -> None:
     with (
         Journal(tmp_path / "out", {}),

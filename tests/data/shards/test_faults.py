@@ -1,5 +1,6 @@
 """Damaged shards: what is good arrives, what is not is named, and nothing is lost in silence."""
 
+import logging
 import time
 from functools import partial
 from pathlib import Path
@@ -160,7 +161,9 @@ def test_a_transfer_that_stalls_is_told_as_such(tmp_path: Path, monkeypatch: pyt
     assert "the shard breaks off before it is complete: nothing has come for 0 s" in str(found[4])
 
 
-def test_a_transfer_that_breaks_off_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transfer_that_breaks_off_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr("spt_dist.data.shards.lane._PAUSES", (0.0, 0.01))
     folder = write_shard(tmp_path, SAMPLES)
     tries = tmp_path / "tries"
@@ -170,5 +173,9 @@ def test_a_transfer_that_breaks_off_is_begun_again(tmp_path: Path, monkeypatch: 
     script.write_text(f"echo x >> {tries}; case $(wc -l < {tries}) in {cases} esac; cat $1")
     samples = open_set(folder, lanes=1)
     samples._location = f"pipe:sh {script} {folder}/{{}}"
-    assert read(samples, None, range(NUM_SAMPLES)) == list(range(NUM_SAMPLES))
+    with caplog.at_level(logging.WARNING):
+        assert read(samples, None, range(NUM_SAMPLES)) == list(range(NUM_SAMPLES))
+    for record, pause in zip(caplog.records, ("0", "0.01"), strict=True):
+        assert f"{folder}/train-000000.tar: the shard breaks off" in record.getMessage()
+        assert f"(the command failed with status 1); it is begun again in {pause} s" in record.getMessage()
     assert tries.read_text().split() == ["x"] * 3

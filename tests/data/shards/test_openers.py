@@ -1,5 +1,6 @@
 """Shards from a web server, an object store's command, and a pipe: each the real thing, on this machine."""
 
+import logging
 import os
 import socket
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from spt_dist import UserError
-from spt_dist.data.shards import openers
+from spt_dist.data.shards import lane, openers
 from spt_dist.data.shards.index import ShardIndex
 from spt_dist.data.shards.openers import open_stream, read_whole, shown
 from spt_dist.data.shards.require import require_shards
@@ -25,10 +26,11 @@ WHOLE = list(range(sum(SIZES)))
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Serves files; of shards only the first ``most_bytes``, though it promises all."""
+    """Serves files; of shards only the first ``most_bytes``, though it promises all, and falls silent then or ends."""
 
     most_bytes = 10**9
     cuts_left = 10**9
+    silent_seconds = 0
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -37,6 +39,7 @@ class Quiet(SimpleHTTPRequestHandler):
         cut = self.path.endswith(".tar") and type(self).cuts_left > 0 and self.most_bytes < 10**9
         type(self).cuts_left -= cut
         outputfile.write(source.read(self.most_bytes if cut else -1))
+        time.sleep(self.silent_seconds if cut else 0)
         self.close_connection = True
 
 
@@ -103,7 +106,7 @@ def test_a_server_that_cuts_every_transfer(tmp_path: Path, monkeypatch: pytest.M
     good = [number for number in found if isinstance(number, int)]
     assert 0 in good and 6 in good and 5 not in good, "the beginning of each shard arrives"
     # 18 is how curl says that less has come than was promised.
-    assert all("the command failed with status 18" in each for each in found if isinstance(each, str))
+    assert all("(curl failed with status 18: less has come" in each for each in found if isinstance(each, str))
     assert f"{url}/train-000000.tar: sample 5 of 6" in str(found[5])
 
 
@@ -125,12 +128,69 @@ def test_a_server_that_falls_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     server.close()
 
 
+def test_a_transfer_that_falls_silent_is_begun_again_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("spt_dist.data.shards.lane._PAUSES", (0.0, 0.1))
+    monkeypatch.setattr("spt_dist.data.shards.lane.open_stream", partial(open_stream, stall_seconds=1.0))
+    write_shards(tmp_path, SIZES)
+    with serving(tmp_path, most_bytes=5000, cuts_left=2, silent_seconds=3) as url:
+        samples = open_set(url, lanes=1)
+        samples._location = url.replace("http://", "http://me:secret@")
+        with caplog.at_level(logging.WARNING):
+            assert read(samples, None, WHOLE) == WHOLE
+    why = "the shard breaks off before it is complete: nothing has come for 1 s"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{url}/train-000000.tar: {why}; it is begun again in {pause} s" for pause in ("0", "0.1")
+    ]
+
+
+def test_a_dead_source_is_told_before_a_run_without_progress_is_ended() -> None:
+    attempts = len(lane._PAUSES) + 1
+    assert attempts * openers.STALL_SECONDS + sum(lane._PAUSES) < 600 / 2
+
+
 def test_a_missing_file_is_named_with_the_status(tmp_path: Path) -> None:
     with serving(tmp_path) as url, pytest.raises(UserError) as caught:
         ShardIndex.load(url)
-    assert str(caught.value) == f"{url}/index.json: can't be read (the command failed with status 22)"
+    why = "curl failed with status 22: the server answers with an error, such as 404"
+    assert str(caught.value) == f"{url}/index.json: can't be read ({why})"
     with pytest.raises(UserError, match=r"/index.json: can't be read \(No such file or directory\)"):
         ShardIndex.load(str(tmp_path))
+
+
+def test_a_server_that_refuses_or_speaks_no_tls_is_named(tmp_path: Path) -> None:
+    with serving(tmp_path) as url, pytest.raises(UserError, match=r"\(curl failed with status 35: the TLS handshake"):
+        ShardIndex.load(url.replace("http", "https"))
+    # Nobody listens there any more.
+    with pytest.raises(UserError, match=r"\(curl failed with status 7: the connection is refused\)"):
+        ShardIndex.load(url)
+
+
+@pytest.mark.parametrize(
+    ("location", "status", "message"),
+    [
+        ("https://host", 6, "curl failed with status 6: the host is not found"),
+        ("https://host", 28, "curl failed with status 28: the server is too slow"),
+        ("https://host", 56, "curl failed with status 56: the transfer is broken off"),
+        ("https://host", 60, "curl failed with status 60: the server's TLS certificate can't be verified"),
+        ("https://host", 92, "curl failed with status 92"),
+        ("s3://bucket", 7, "aws failed with status 7"),
+        ("gs://bucket", 7, "gsutil failed with status 7"),
+        ("gs://bucket", 127, "gsutil failed with status 127: is gsutil installed?"),
+        ("pipe:exit 127; echo {}", 127, "the command failed with status 127"),
+    ],
+)
+def test_what_failed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str, status: int, message: str
+) -> None:
+    for name in ("curl", "aws", "gsutil"):
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {status}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(UserError) as caught:
+        read_whole(location, "index.json", 1)
+    assert str(caught.value) == f"{shown(location, 'index.json')}: can't be read ({message})"
 
 
 def test_reading_goes_on_where_it_was(tmp_path: Path) -> None:
