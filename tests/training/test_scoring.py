@@ -1,5 +1,6 @@
 """Stage 1 as a run does it: which samples, which batches, and the published code's way."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from spt_dist import UserError, estimate_sensitivity
 from spt_dist.config import load_config
 from spt_dist.data.pictures import PicturePreparation
+from spt_dist.data.samples import BadSampleError, Item, SampleSet
 from spt_dist.data.shards.index import Shard, ShardIndex, Split
 from spt_dist.data.shards.shard_set import ShardSet
 from spt_dist.data.task import Task
@@ -213,3 +215,71 @@ def plans_on_ranks(path: str, options: dict[str, Any]) -> tuple[int, int]:
         for name, places in plans[1].items()
     }
     return sum(len(places) for places in plans[0].values()), sum(map(len, both.values()))
+
+
+class Flaky(SampleSet):
+    """Digits of which one can't be read, always, or from the second time on."""
+
+    skip_bad = True
+
+    def __init__(self, samples: TensorDataset, bad: int, good_reads: int) -> None:
+        self.samples, self.bad, self.good_reads = samples, bad, good_reads
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def item(self, epoch: int | None, index: int) -> Item:
+        if index == self.bad:
+            self.good_reads -= 1
+            if self.good_reads < 0:
+                raise BadSampleError(f"{index}.jpg: is cut off")
+        image, label = self.samples[index]
+        return image, int(label)
+
+    def finish(self, inputs: Sequence[Tensor], epoch: int | None, indices: Sequence[int]) -> Tensor:
+        return torch.stack(list(inputs))
+
+    def blank(self) -> Item:
+        return torch.zeros_like(self.samples[0][0]), 0
+
+
+def score_flaky(path: str, good_reads: int) -> tuple[dict[str, Tensor], list[int]] | str:
+    """Scores of 20 of the first samples, of which number 7 is bad."""
+    config = load_config(path, {"sensitivity.num_samples": 20, "sensitivity.sample_order": "file"})
+    task = build_task(config.data, config.model.num_classes)
+    assert isinstance(task.train, TensorDataset)
+    task = replace(task, train=Flaky(task.train, 7, good_reads))
+    try:
+        scores = score(config, build_model(config), task)
+    except UserError as error:
+        return str(error)
+    assert scores.info.sample_ids is not None
+    return {name: scores[name] for name in scores.names}, scores.info.sample_ids
+
+
+def score_without(path: str) -> dict[str, Tensor]:
+    """Scores of the same samples but number 7, which are all good."""
+    config = load_config(path)
+    task, model = build_task(config.data, config.model.num_classes), build_model(config)
+    chosen = [index for index in range(20) if index != 7]
+    images, labels = zip(*(task.train[index] for index in chosen), strict=True)
+    scores = estimate_sensitivity(model, [(torch.stack(images), torch.stack(labels))], F.cross_entropy)
+    return {name: scores[name] for name in scores.names}
+
+
+@pytest.mark.distributed
+def test_a_bad_sample_is_left_out_of_the_scores_and_none_takes_its_place(tmp_path: Path) -> None:
+    path = str(write_config(tmp_path / "tiny.py"))
+    (wanted,) = run_ranks(score_without, 1, path)
+    for world_size in (1, 2):
+        for found in run_ranks(score_flaky, world_size, path, 0):
+            assert found[1] == [index for index in range(20) if index != 7]
+            assert found[0].keys() == wanted.keys()
+            for name in wanted.keys() - {name for name in wanted if name.endswith("attn.k.bias")}:
+                assert relative_error(found[0][name], wanted[name]) < 1e-4, name
+
+
+@pytest.mark.distributed
+def test_a_sample_that_goes_bad_between_two_readings_ends_the_pass(tmp_path: Path) -> None:
+    (said,) = run_ranks(score_flaky, 1, str(write_config(tmp_path / "tiny.py")), 1)
+    assert said == "training sample 7 could be read at first, and can not any more"

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from spt_dist.parallel.checkpoints import Checkpoint, find_checkpoint
 from spt_dist.parallel.signals import Stopped, StopSignals
 from spt_dist.training.metrics import read_metrics
-from spt_dist.training.trainer import Trainer
+from spt_dist.training.trainer import Trainer, run_identity
 from tests.parallel.test_engines import CPU, DDP, make_config, make_engine, make_task
 
 # 22 samples in batches of 8.
@@ -136,3 +137,16 @@ def test_a_run_in_steps_ends_in_the_middle_of_an_epoch_and_stays_there(tmp_path:
         assert lines[-2]["lr"] == pytest.approx(trainer.config.train.min_lr)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
     assert kept[-1] == "step-00000007.safetensors"
+
+
+def test_a_run_belongs_to_the_contents_of_its_data(tmp_path: Path) -> None:
+    """Not to the place that they lie in."""
+    config = replace(
+        make_config(DDP, str(tmp_path)), data={"type": "shards", "root": "here", "num_workers": 2, "lanes": 4}
+    )
+    moved = replace(config, data=config.data | {"root": "s3://there", "num_workers": 0})
+    task = replace(make_task(), contents="3f5a")
+    assert run_identity(config, task) == run_identity(moved, task)
+    assert run_identity(config, task).data["contents"] == "3f5a"
+    for other in (run_identity(config, replace(task, contents="77e0")), run_identity(config, make_task())):
+        assert other.data != run_identity(config, task).data
