@@ -9,6 +9,7 @@ import pytest
 from spt_dist import UserError
 from spt_dist.config import load_config
 from spt_dist.data.tasks import build_task
+from spt_dist.suites import is_suite, load_suite
 from spt_dist.training.pipeline import check_config
 from tests.launch.processes import ROOT
 from tests.launch.runs import write_config
@@ -183,8 +184,14 @@ def test_data_section(config_path: Path, options: dict[str, Any], message: str) 
 def test_configs_that_ship_are_in_order() -> None:
     paths = sorted((Path(__file__).parents[2] / "configs").glob("[!_]*/[!_]*.py"))
     assert len(paths) >= 4
+    suites = [path for path in paths if is_suite(path)]
+    assert len(suites) >= 6
     for path in paths:
-        check_config(load_config(path))
+        if path not in suites:
+            check_config(load_config(path))
+    for path in suites:
+        for member in load_suite(path, {}).members:
+            check_config(member.config)
 
 
 @pytest.mark.parametrize(
