@@ -17,13 +17,14 @@ from rich.logging import RichHandler
 from spt_dist import UserError
 from spt_dist.config import load_config
 from spt_dist.exits import FAULT, STOPPED, USER_ERROR, RunEnded
+from spt_dist.parallel.environment import read_environment
 from spt_dist.parallel.faults import is_mistake, is_out_of_memory
-from spt_dist.parallel.launch import read_environment
 from spt_dist.parallel.signals import Stopped
 from spt_dist.sections import RunConfig
 from spt_dist.training.pipeline import with_overrides
 
 SECONDS_FOR_RANK_ZERO = 20
+TIME = "[%H:%M:%S]"
 
 
 class ConfigOptions(DictAction):
@@ -38,9 +39,9 @@ class ConfigOptions(DictAction):
     ) -> None:
         for item in values:
             if "=" not in item:
-                raise UserError(f"--cfg-options {item}: has to be KEY=VALUE")
+                raise UserError(f"{option_string} {item}: has to be KEY=VALUE")
             if item.partition("=")[2].strip().startswith("pipe:") and " " in item.strip():
-                raise UserError(f"--cfg-options {item}: blanks would be lost; write the command into a config file")
+                raise UserError(f"{option_string} {item}: blanks would be lost; write the command into a config file")
         super().__call__(parser, namespace, values, option_string)
 
 
@@ -84,9 +85,14 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 def read_config(arguments: argparse.Namespace) -> RunConfig:
     """The config with everything that the command line changes."""
     config = load_config(arguments.config, arguments.cfg_options)
+    return overridden(config, arguments, getattr(arguments, "work_dir", None))
+
+
+def overridden(config: RunConfig, arguments: argparse.Namespace, work_dir: str | None = None) -> RunConfig:
+    """A config with what the options, but ``--cfg-options``, change."""
     return with_overrides(
         config,
-        getattr(arguments, "work_dir", None),
+        work_dir,
         getattr(arguments, "engine", None),
         getattr(arguments, "amp", False),
         getattr(arguments, "skip_bad_samples", False),
@@ -144,7 +150,12 @@ def _end(status: int) -> NoReturn:
 
 def start_logging(rank: int) -> None:
     """Log to the terminal on rank 0; the other ranks log warnings only."""
-    handler = RichHandler(show_path=False, omit_repeated_times=False, log_time_format="[%H:%M:%S]")
+    if sys.stdout.isatty():
+        handler: logging.Handler = RichHandler(show_path=False, omit_repeated_times=False, log_time_format=TIME)
+    else:
+        # A file that is searched later: each message in one line.
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-8s %(message)s", TIME))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("spt_dist").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -10,6 +10,7 @@ from spt_dist import UserError, load_delta
 from spt_dist.data.task import SEGMENTATION, Task
 from spt_dist.data.tasks import build_task
 from spt_dist.evaluation.scores import METRIC_LABELS, MULTI_SCALES, evaluate
+from spt_dist.hosts import rank_zeros_file
 from spt_dist.models.checkpoints import load_merged
 from spt_dist.parallel.launch import local_device, process_group
 from spt_dist.training.scoring import build_model
@@ -39,16 +40,19 @@ def main() -> None:
     arguments = parser.parse_args()
     config = read_config(arguments)
     with process_group(config.engine.timeout):
-        task = build_task(config.data, config.model.num_classes)
+        task = build_task(config.data, config.model.num_classes, config.model.normalize)
         check_options(arguments, task)
         model = build_model(config)
-        if arguments.task:
-            load_delta(model, arguments.task)
-        else:
-            load_merged(model, arguments.merged)
+        with rank_zeros_file(Path(arguments.task or arguments.merged)) as path:
+            if arguments.task:
+                load_delta(model, path)
+            else:
+                load_merged(model, path)
         device = local_device()
         model.to(device)
         found: dict[str, str | int | Path] = {"held-out samples": task.num_val}
+        if task.normalisation is not None:
+            found["normalised as"] = str(task.normalisation)
         for suffix, multi_scale in {"": False, " m.s.": True}.items() if arguments.multi_scale else [("", False)]:
             scores = evaluate(model, model, task, 4 * config.train.batch_size, device, multi_scale)
             found |= {METRIC_LABELS[name] + suffix: f"{score:.2%}" for name, score in scores.items()}

@@ -2,6 +2,7 @@
 
 from _cli import add_config_options, describe, make_parser, read_config, run
 from spt_dist import Plan, load_delta
+from spt_dist.data.tasks import choose_normalisation
 from spt_dist.training.scoring import build_model
 from spt_dist.tuning.export.hub import save_pretrained
 from spt_dist.tuning.export.peft import save_peft
@@ -24,7 +25,10 @@ def main() -> None:
     config = read_config(arguments)
     tuned = load_delta(build_model(config), arguments.task)
     if arguments.format == "hf":
-        describe({"timm folder": save_pretrained(tuned, arguments.out)})
+        chosen = choose_normalisation(config.data, config.model.normalize)
+        folder = save_pretrained(tuned, arguments.out, None if chosen is None else (chosen.mean, chosen.std))
+        described = "timm's for the architecture" if chosen is None else str(chosen)
+        describe({"timm folder": folder, "normalisation": described})
     else:
         plan = tuned.spt_plan
         assert isinstance(plan, Plan)

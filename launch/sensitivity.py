@@ -49,7 +49,7 @@ def main() -> None:
     config = read_config(arguments)
     with process_group(config.engine.timeout) as group:
         check_config(config)
-        task = build_task(config.data, config.model.num_classes)
+        task = build_task(config.data, config.model.num_classes, config.model.normalize)
         check_setup(arguments.out, task, config)
         model = build_scored_model(config).model
         resolve_taus(taus, take_inventory(model).backbone_size)
@@ -69,6 +69,7 @@ def main() -> None:
             describe(
                 {
                     "samples": scores.num_samples,
+                    "normalised as": str(task.normalisation or "data.type says"),
                     "scored weights": f"{scores.shard.index.total:,}",
                     "scores": f"{saved}/scores.json",
                     **files,

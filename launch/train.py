@@ -5,15 +5,15 @@ from dataclasses import replace
 
 import torch.distributed as dist
 
-from _cli import add_config_options, add_data_options, describe, make_parser, read_config, run
+from _cli import add_config_options, add_data_options, describe, make_parser, overridden, read_config, run
 from spt_dist import UserError
 from spt_dist.evaluation.scores import METRIC_LABELS
-from spt_dist.parallel.launch import process_group, read_environment
-from spt_dist.report.suites import report_suites
+from spt_dist.parallel.environment import read_environment
+from spt_dist.parallel.launch import process_group
 from spt_dist.sections import RunConfig
 from spt_dist.suites import is_suite, load_suite
 from spt_dist.training.monitor import SpeedSummary
-from spt_dist.training.pipeline import plan_dry, run_training, with_overrides
+from spt_dist.training.pipeline import plan_dry, run_training
 from spt_dist.training.suite import run_suite
 
 EXAMPLE = """deepspeed --num_accelerators 2 launch/train.py configs/quickstart/digits_spt_lora.py
@@ -41,18 +41,19 @@ def main() -> None:
     )
     parser.add_argument("--memory", type=float, metavar="GIB", help="with --dry-run: the largest batch that fits")
     parser.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="of a suite, run these tasks only")
+    parser.add_argument(
+        "--member", metavar="NAME", help="of a suite, train this task and write nothing for the suite (job arrays)"
+    )
     arguments = parser.parse_args()
-    if is_suite(arguments.config):
+    if is_suite(arguments.config) and arguments.member is None:
         train_suite(arguments)
         return
-    if arguments.tasks:
-        raise UserError(f"--tasks: {arguments.config} is one task's config, not a suite")
-    config = read_config(arguments)
+    config, path = read_task(arguments)
     if arguments.dry_run:
         tell_needs(config, arguments.ranks, arguments.memory)
         return
     with process_group(config.engine.timeout) as group:
-        result = run_training(config, arguments.config, arguments.resume, group.watch.report, group.stop)
+        result = run_training(config, path, arguments.resume, group.watch.report, group.stop)
         if dist.get_rank() == 0:
             describe(
                 {
@@ -66,27 +67,33 @@ def main() -> None:
             )
 
 
+def read_task(arguments: argparse.Namespace) -> tuple[RunConfig, str]:
+    """The config of one task, or of the member of a suite that is asked for, and its path."""
+    if not is_suite(arguments.config):
+        for option, value in {"--tasks": arguments.tasks, "--member": arguments.member}.items():
+            if value:
+                raise UserError(f"{option}: {arguments.config} is one task's config, not a suite")
+        return read_config(arguments), arguments.config
+    if arguments.tasks:
+        raise UserError("--tasks: is for a suite; --member trains a single task")
+    suite = load_suite(arguments.config, arguments.cfg_options, arguments.work_dir, [arguments.member])
+    member = suite.members[0]
+    return overridden(member.config, arguments), str(member.path)
+
+
 def train_suite(arguments: argparse.Namespace) -> None:
     """Run a suite and print its table."""
     if arguments.dry_run or arguments.resume not in (None, "auto"):
         option = "--dry-run" if arguments.dry_run else f"--resume {arguments.resume}"
         raise UserError(f"{option}: {arguments.config} is a suite; give this option with one task's config")
     suite = load_suite(arguments.config, arguments.cfg_options, arguments.work_dir, arguments.tasks)
-    members = [
-        replace(
-            member,
-            config=with_overrides(
-                member.config,
-                engine=arguments.engine,
-                amp=arguments.amp,
-                skip_bad_samples=arguments.skip_bad_samples,
-            ),
-        )
-        for member in suite.members
-    ]
+    members = [replace(member, config=overridden(member.config, arguments)) for member in suite.members]
     with process_group(members[0].config.engine.timeout) as group:
         run_suite(replace(suite, members=members), arguments.resume is not None, group.watch.report, group.stop)
         if dist.get_rank() == 0:
+            # Here, for it brings matplotlib, and most runs are no suites.
+            from spt_dist.report.suites import report_suites
+
             table, files = report_suites([suite.work_dir], suite.work_dir)
             print(table)
             describe(files)

@@ -7,6 +7,7 @@ A section is a dataclass; a key it does not have is refused with the nearest one
 import difflib
 import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -15,15 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from spt_dist.errors import UserError
+from spt_dist.normalisation import read_normalisation
 from spt_dist.sections import (
     AUTOCAST_DTYPES,
     OPTIMIZERS,
     SAMPLE_ORDERS,
     SCHEDULES,
     SENSITIVITY_PRESETS,
+    ModelConfig,
     RunConfig,
     TrainConfig,
 )
+
+_DIGITS = re.compile("[0-9a-fA-F]{8,64}")
 
 
 def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> RunConfig:
@@ -84,6 +89,7 @@ def make_config(values: dict[str, Any], path: Path) -> RunConfig:
         values["sensitivity"] = _with_preset(values["sensitivity"])
     config: RunConfig = _build(RunConfig, values, "")
     _check_ranges(config)
+    _check_choices(config)
     return config
 
 
@@ -215,6 +221,15 @@ def _check_ranges(config: RunConfig) -> None:
     for name, positive in above_zero.items():
         if positive is not None and not 0 < positive < math.inf:
             raise UserError(f"config: {name}={positive} has to be above 0")
+    if train.ema is not None and not 0 < train.ema < 1:
+        raise UserError(f"config: train.ema={train.ema} has to lie between 0 and 1; 0.9999 is usual")
+    if not 0 <= config.seed < 2**31:
+        raise UserError(f"config: seed={config.seed} has to lie between 0 and 2**31 - 1")
+
+
+def _check_choices(config: RunConfig) -> None:
+    train, sensitivity, engine = config.train, config.sensitivity, config.engine
+    _check_checkpoint(config.model)
     _check_length(train)
     lookup("train.optimizer", train.optimizer, dict.fromkeys(OPTIMIZERS))
     lookup("train.schedule", train.schedule, dict.fromkeys(SCHEDULES))
@@ -226,13 +241,23 @@ def _check_ranges(config: RunConfig) -> None:
         lookup("engine.frozen_dtype", engine.frozen_dtype, dict.fromkeys(AUTOCAST_DTYPES))
         if not engine.amp:
             raise UserError("config: engine.frozen_dtype needs engine.amp=True, so that layers compute in that dtype")
-    if train.ema is not None and not 0 < train.ema < 1:
-        raise UserError(f"config: train.ema={train.ema} has to lie between 0 and 1; 0.9999 is usual")
-    if not 0 <= config.seed < 2**31:
-        raise UserError(f"config: seed={config.seed} has to lie between 0 and 2**31 - 1")
+    for name, wanted in {"model": config.model.normalize, "data": config.data.get("normalize")}.items():
+        if wanted is not None:
+            read_normalisation(f"{name}.normalize", wanted)
     for name in ("data", "method"):
         if "type" not in getattr(config, name):
             raise UserError(f"config: {name}.type is missing")
+
+
+def _check_checkpoint(model: ModelConfig) -> None:
+    if model.sha256 is not None and not _DIGITS.fullmatch(model.sha256):
+        raise UserError(
+            f"config: model.sha256={model.sha256!r} has to be the 64 hexadecimal digits of a SHA-256, or at least the "
+            "first 8 of them"
+        )
+    for name, value in (("sha256", model.sha256), ("keep_head", model.keep_head)):
+        if value and model.checkpoint is None:
+            raise UserError(f"config: model.{name}={value!r} is about a checkpoint, but model.checkpoint is None")
 
 
 def _check_length(train: TrainConfig) -> None:
@@ -249,5 +274,5 @@ def _check_length(train: TrainConfig) -> None:
 def _unknown(where: str, key: str, known: Iterable[str]) -> UserError:
     known = list(known)
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}"
     return UserError(f"config: {where} is unknown; {hint}")

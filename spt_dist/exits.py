@@ -2,8 +2,8 @@
 
 What the launchers make of the statuses of their ranks:
 
-- ``python`` and ``srun``: the status itself; of several ranks ``srun`` gives the highest. Start it with
-  ``--kill-on-bad-exit``, or it lets the other ranks go on.
+- ``python`` and ``srun``: the status itself; of several ranks ``srun`` gives the highest. With
+  ``--kill-on-bad-exit`` it would kill ranks that are still saving what they have; ``--wait=60`` leaves them a minute.
 - ``deepspeed``: the status of the first rank that it finds ended with another one than 0, or 256 less the number of the
   signal that ended it. With several nodes, that of ``pdsh``.
 - ``torchrun``: 1 whatever the ranks ended with. Its report names each rank's status as ``exitcode``.

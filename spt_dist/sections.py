@@ -6,12 +6,26 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The model. See ``models.classifier.build_classifier``."""
+    """The model. See ``models.classifier.build_classifier``.
+
+    Attributes:
+        name: timm's name, or "mmseg.EncoderDecoder".
+        num_classes: outputs of the head.
+        kwargs: further arguments of ``timm.create_model``, or those of mmseg's EncoderDecoder.
+        checkpoint: file of pre-trained weights, or ``package://NAME``; ``None`` for random ones.
+        sha256: what the file's SHA-256 has to be, or begin with (8 digits at least); ``None`` for whatever it is.
+        keep_head: whether the head comes from the checkpoint too, instead of being drawn anew.
+        normalize: how the backbone wants images normalised: "imagenet", "inception", "clip", "none", or ``dict(mean=,
+            std=)`` of red, green and blue where white is 1. ``None``: as the data say.
+    """
 
     name: str
     num_classes: int
     kwargs: dict[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
+    sha256: str | None = None
+    keep_head: bool = False
+    normalize: str | dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,3 +74,31 @@ def test_setr_runs_beside_mmcv_lite() -> None:
     imported, has_operators, shape, message = (line.removeprefix("> ") for line in lines)
     assert (imported, has_operators, shape) == ("False", "False", "(1, 3, 8, 8)")
     assert "sigmoid_focal_loss_forward" in message and "install mmcv itself" in message
+
+
+_START_OF_A_RUN = """
+import sys
+from spt_dist.sections import LogConfig
+from spt_dist.training.curves import check_backends
+import spt_dist.training.pipeline
+check_backends(LogConfig())
+print(">", sorted({"sklearn", "scipy", "skimage", "matplotlib", "transformers", "peft", "mmseg"} & set(sys.modules)))
+import transformers
+print(">", transformers.Adafactor.__name__)
+"""
+
+
+def test_what_a_rank_does_without_at_its_start() -> None:
+    """Each of these takes a good part of a second or more of every rank of every run."""
+    program = [sys.executable, "-c", _START_OF_A_RUN]
+    result = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["> []", "> Adafactor"]
+
+
+def test_mmengine_finds_transformers_where_it_was_imported_before() -> None:
+    lines = ["import transformers", "from spt_dist.compat import import_mmengine", "import_mmengine()"]
+    lines += ["from mmengine.registry import OPTIMIZERS", "import mmengine.optim", "print('Adafactor' in OPTIMIZERS)"]
+    program = [sys.executable, "-c", "\n".join(lines)]
+    result = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "True", result.stderr

@@ -8,7 +8,22 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "spt_dist"
 # A folder imports only from itself and from what stands before it.
 ORDER = [
-    ("errors", "exits", "compat", "files", "tables", "progress", "sections", "config", "suites"),
+    (
+        "errors",
+        "exits",
+        "compat",
+        "background",
+        "files",
+        "ranks",
+        "hosts",
+        "tables",
+        "progress",
+        "normalisation",
+        "sections",
+        "config",
+        "suites",
+        "jobs",
+    ),
     ("models", "data"),
     ("sensitivity",),
     ("allocation",),

@@ -11,3 +11,6 @@ method = dict(budget=400_000, rank=8, alpha=10.0, beta=5.0)
 # The other values of the schedule are the published ones already. The scripts report the best of these evaluations,
 # on test images; here the last one counts.
 train = dict(epochs=100, warmup_epochs=10, eval_interval=10)
+# SPT's code feeds it ImageNet's mean and deviation, while it was trained with 0.5 and 0.5. A suite with another
+# backbone (_base_ = ["all.py", "../_base_/models/NAME.py"]) has that one's own.
+model = dict(normalize="imagenet")

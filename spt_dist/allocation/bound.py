@@ -47,7 +47,7 @@ def densest_plan(request: AllocationRequest, inventory: Inventory) -> Plan:
     structured = _structured(rule, chosen, matrices)
     # Single weights keep columns of a layer's input beside what its modules keep of it.
     sparse = {
-        item.name: torch.arange(item.shape[-1])
+        item.name: torch.arange(item.matrix_shape[1])
         for item in chosen
         if rule.unstructured and item.name in matrices and (item.name not in structured or _is_keys(item))
     }
@@ -89,7 +89,7 @@ def _block_shapes(chosen: list[LogicalParameter], matrices: Collection[str]) -> 
     for item in chosen:
         block = block_of(item.name)
         if block is not None and item.name in matrices:
-            blocks.setdefault(block, item.shape[-1:])
+            blocks.setdefault(block, item.matrix_shape[1:])
     return blocks
 
 

@@ -53,7 +53,7 @@ class Unit:
 
     Attributes:
         name: of the matrix, or of the block.
-        shape: ``(out_features, in_features)`` of the matrix, or ``(width,)`` of the block.
+        shape: of the matrix's parameter, or ``(width,)`` of the block.
         members: places, among all tensors, of the matrices whose sensitive weights it stands for.
         cost: its trainable parameters.
     """
@@ -97,7 +97,16 @@ class Chooser:
         shapes: Sequence[tuple[int, ...]],
         matrices: Collection[str],
     ) -> None:
-        """``names`` and ``shapes`` of the tensors; ``matrices``: names of those that can take a structured module."""
+        """Take note of what is to be decided on.
+
+        Args:
+            rule: how.
+            names, shapes: of the tensors.
+            matrices: names of those that can take a structured module.
+
+        Raises:
+            UserError: the rule's modules are put on blocks, and a block has convolutions.
+        """
         self.rule, self.names, self.shapes = rule, names, shapes
         self.units = _make_units(rule, names, shapes, set(matrices))
 
@@ -138,7 +147,14 @@ def _make_units(
             members.setdefault(unit, []).append(place)
     units = []
     for name, places in members.items():
-        # A block's first matrix reads the tokens, so its in_features are the block's width.
-        shape = shapes[places[0]][-1:] if takes_block else shapes[places[0]]
+        shape = shapes[places[0]]
+        if takes_block:
+            if any(len(shapes[place]) > 2 for place in places):
+                raise UserError(
+                    f"structured={rule.structured!r}: {name} works with convolutions, so there are no tokens to add "
+                    'any to; choose "lora" or "adapter"'
+                )
+            # A block's first matrix reads the tokens, so its in_features are the block's width.
+            shape = shape[-1:]
         units.append(Unit(name, shape, tuple(places), structured_cost(rule.structured, shape, rule.rank)))
     return units

@@ -19,7 +19,8 @@ class StructuredKind:
 
     Attributes:
         cost: trainable parameters of one module, from the shape of what it is put on and the ``rank``, its size. The
-            shape of a matrix is ``(out_features, in_features)``, that of a block ``(width,)``.
+            shape of a matrix is ``(out_features, in_features)``, also of a convolution's flattened one; that of a block
+            ``(width,)``.
         takes_block: whether one module is put on a whole block, in the place of the sensitive weights of all its
             matrices, instead of on one matrix.
     """
@@ -61,8 +62,18 @@ def find_kind(name: str) -> StructuredKind:
 
 
 def structured_cost(kind: str, shape: tuple[int, ...], rank: int) -> int:
-    """Trainable parameters of a module of ``kind`` and size ``rank`` on what has ``shape``, see ``StructuredKind``."""
-    cost = find_kind(kind).cost(shape, rank)
+    """Trainable parameters of a module of ``kind`` and size ``rank`` on what has ``shape``, see ``StructuredKind``.
+
+    Args:
+        kind: name of the kind.
+        shape: of a matrix, of a convolution's weight ``(out, in / groups, height, width)``, or of a block.
+        rank: size of the module.
+
+    Raises:
+        UserError: there is no such kind, or its cost is no whole number.
+    """
+    flat = (shape[0], prod(shape[1:])) if len(shape) > 1 else shape
+    cost = find_kind(kind).cost(flat, rank)
     if not isinstance(cost, int) or cost < 1:
         raise UserError(f"structured={kind!r}: its cost has to be a whole number of parameters, not {cost!r}")
     return cost

@@ -13,6 +13,7 @@ from spt_dist.allocation.kinds import PRESETS, ModuleOptions, structured_cost
 from spt_dist.allocation.published import read_allocation
 from spt_dist.errors import UserError
 from spt_dist.files import load_tensors, save_tensors
+from spt_dist.models.matrices import operation_of
 from spt_dist.tables import format_table
 
 FORMAT_VERSION = 2
@@ -50,7 +51,7 @@ class Plan:
         shapes: shape of everything named above but the head.
         rank: size of the structured modules: rank of LoRA, width of an adapter, number of prompts.
         modules: how the structured modules are set up.
-        method: what made the plan ("spt-lora", "spt", "lora", "linear", "full").
+        method: what made the plan ("spt-lora", "spt", "lora", "bias", "linear", "full" ...).
         backbone_size: weights of the backbone, head not counted.
         options: how the plan was made (budget, tau, alpha, beta ...), for the record.
     """
@@ -199,8 +200,3 @@ class Plan:
         if preset not in PRESETS:
             raise UserError(f"preset={preset!r}: choose one of {', '.join(PRESETS)}")
         return cls(**read_allocation(path), modules=PRESETS[preset].modules)
-
-
-def operation_of(name: str) -> str:
-    """The name with block numbers left out: ``blocks.3.attn.q.weight`` -> ``blocks.attn.q.weight``."""
-    return ".".join(part for part in name.split(".") if not part.isdigit())

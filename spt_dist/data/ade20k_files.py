@@ -13,6 +13,7 @@ from spt_dist.data.ade20k_layout import NUM_CLASSES, SPLITS
 from spt_dist.data.pairs import Pair, examine_all
 from spt_dist.errors import UserError
 from spt_dist.progress import progress_bar
+from spt_dist.ranks import from_all_shares, own_share
 
 NUM_NAMED = 3
 
@@ -97,25 +98,21 @@ def without_bad_samples(split: SplitFiles, num_threads: int) -> ADE20KDataset:
         UserError: nothing is good.
     """
     pairs = split.pairs()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = pairs[rank::world_size]
+    mine = own_share(pairs)
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
     problems: list[str | None] = []
-    with progress_bar(f"examining {split.name} files", len(mine), rank == 0) as bar:
+    with progress_bar(f"examining {split.name} files", len(mine), is_first) as bar:
         for examined in examine_all(mine, NUM_CLASSES, num_threads):
             problems.append(examined.problem)
             bar.advance()
-    shares: list[list[str | None]] = [problems] * world_size
-    if world_size > 1:
-        dist.all_gather_object(shares, problems)
-    # Rank r has examined pairs r, r + world_size, ...
-    found = [shares[index % world_size][index // world_size] for index in range(len(pairs))]
+    found = from_all_shares(problems)
     good = [index for index, problem in enumerate(found) if problem is None]
     bad = [problem for problem in found if problem is not None] + [f"{mask}: has no image" for mask in split.lone_masks]
     if not good:
         raise UserError(f"none of the {len(pairs):,} {split.name} samples is good; the first: {bad[0]}")
     if not bad:
         return split.samples
-    if rank == 0:
+    if is_first:
         named = bad[:NUM_NAMED] + [f"... and {len(bad) - NUM_NAMED:,} more"] * (len(bad) > NUM_NAMED)
         counts = f"{len(bad):,} bad {split.name} samples are left out, {len(good):,} remain"
         _logger.warning("%s:\n%s", counts, "\n".join(named))

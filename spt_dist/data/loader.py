@@ -87,7 +87,11 @@ def order_of(dataset: AnySet) -> Order | None:
 
 
 def load_batches(
-    dataset: AnySet, batches: Iterable[Dealt], device: torch.device, skipped: Skipped | None = None
+    dataset: AnySet,
+    batches: Iterable[Dealt],
+    device: torch.device,
+    skipped: Skipped | None = None,
+    num_workers: int | None = None,
 ) -> Iterator[Batch]:
     """Read the samples of each batch.
 
@@ -96,49 +100,57 @@ def load_batches(
         batches: something that can be gone through several times.
         device: where the tensors go.
         skipped: is told of bad samples, where the data set leaves them out; they get weight 0.
+        num_workers: processes that read them, 0 for this one; ``None`` for as many as the data set asks for.
 
     Raises:
         UserError: a sample can't be read, and the data set does not leave such samples out.
     """
-    num_workers = getattr(dataset, "num_workers", 0)
-    num_parts = max(1, num_workers)
+    if num_workers is None:
+        num_workers = _num_workers(dataset)
+    parts = _read_parts(dataset, batches, _collate, num_workers, pin_memory=device.type == "cuda" and num_workers > 0)
+    skipped = skipped or Skipped()
+    for dealt in batches:
+        yield _assemble(dataset, dealt, list(islice(parts, max(1, num_workers))), device, skipped)
+
+
+def load_items(dataset: AnySet, indices: Sequence[int]) -> Iterator[Item | BadSampleError]:
+    """Read samples one by one, as held-out ones are read; a bad one, where those are left out, is its error."""
+    singles = [Dealt(None, [index], [1.0], 1) for index in indices]
+    for found in _read_parts(dataset, singles, _keep, _num_workers(dataset)):
+        yield from found
+
+
+def leaves_out_bad(dataset: AnySet) -> bool:
+    """Whether bad samples are left out, with a count, instead of ending the run."""
+    return getattr(dataset, "skip_bad", False)
+
+
+def _num_workers(dataset: AnySet) -> int:
+    return getattr(dataset, "num_workers", 0)
+
+
+def _read_parts(
+    dataset: AnySet, batches: Iterable[Dealt], collate: Collate, num_workers: int, pin_memory: bool = False
+) -> Iterator[Any]:
+    """What each worker in turn has read of each batch.
+
+    A mistake of the user's that a worker met is told as the rank itself would.
+
+    Raises:
+        UserError: a sample can't be read.
+    """
     loader = DataLoader(
-        _Parts(dataset, batches, _collate),
+        _Parts(dataset, batches, collate),
         batch_size=None,
         num_workers=num_workers,
         collate_fn=_as_is,
         # Without one of its own the loader draws from the global one, and training would depend on being evaluated.
         generator=torch.Generator(),
         worker_init_fn=_outlive_signals,
+        # Each has a part of every batch, be it empty.
         prefetch_factor=_READ_AHEAD * num_workers if num_workers else None,
-        pin_memory=device.type == "cuda" and num_workers > 0,
+        pin_memory=pin_memory,
     )
-    parts, skipped = read(loader), skipped or Skipped()
-    for dealt in batches:
-        yield _assemble(dataset, dealt, list(islice(parts, num_parts)), device, skipped)
-
-
-def load_items(dataset: AnySet, indices: Sequence[int]) -> Iterator[Item | BadSampleError]:
-    """Read samples one by one, as held-out ones are read; a bad one, where those are left out, is its error."""
-    num_workers = getattr(dataset, "num_workers", 0)
-    loader = DataLoader(
-        _Parts(dataset, [Dealt(None, [index], [1.0], 1) for index in indices], _keep),
-        batch_size=None,
-        num_workers=num_workers,
-        collate_fn=_as_is,
-        generator=torch.Generator(),
-        worker_init_fn=_outlive_signals,
-    )
-    for found in read(loader):
-        yield from found
-
-
-def read(loader: DataLoader[Any]) -> Iterator[Any]:
-    """What a loader yields; a mistake of the user's that one of its workers met is told as the rank itself would.
-
-    Raises:
-        UserError: a sample can't be read.
-    """
     try:
         yield from loader
     except UserError as error:
@@ -208,7 +220,7 @@ class _Parts(IterableDataset[Any]):
         """
         accepted = []
         for item in items:
-            if isinstance(item, BadSampleError) and not getattr(self._dataset, "skip_bad", False):
+            if isinstance(item, BadSampleError) and not leaves_out_bad(self._dataset):
                 # At once: the next may take minutes, if they come from the same server.
                 raise item
             accepted.append(item)

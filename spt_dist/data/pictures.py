@@ -3,7 +3,7 @@
 Shape suffixes: B images, C channels (red, green, blue), H rows, W columns.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from typing import Any, Final
@@ -17,6 +17,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from spt_dist.data.samples import BadSampleError, Item, RawSample
 from spt_dist.data.transforms import named_transform
 from spt_dist.errors import UserError
+from spt_dist.normalisation import read_normalisation
 
 MAX_PIXELS: Final = 2**26
 """Most pixels of an image, 8,192 x 8,192, before and after it is resized: some kilobytes can stand for gigabytes."""
@@ -77,16 +78,23 @@ class PicturePreparation:
         image_size: edge of the square that the model takes, in pixels.
         on_device: cut and resize where the model is. Workers then only decode. Crops and flips stay the same, but torch
             rounds otherwise than Pillow: in tests single grey levels differ by 2 at most where Pillow resized.
+        normalize: in place of the transform's normalisation, see ``normalisation.read_normalisation``.
 
     Attributes:
         is_random: whether training images are seen differently in each epoch.
         on_device: as given.
 
     Raises:
-        UserError: there is no such transform, or ``image_size`` is below 1.
+        UserError: there is no such transform or normalisation, or ``image_size`` is below 1.
     """
 
-    def __init__(self, transform: str, image_size: int, on_device: bool = False) -> None:
+    def __init__(
+        self,
+        transform: str,
+        image_size: int,
+        on_device: bool = False,
+        normalize: str | Mapping[str, Any] | None = None,
+    ) -> None:
         if image_size < 1:
             raise UserError(f"config: data.image_size={image_size} has to be at least 1")
         named = named_transform(transform)
@@ -94,7 +102,10 @@ class PicturePreparation:
         self.on_device: Final = on_device
         self._held_out = named.held_out(image_size)
         self._train = self._held_out if named.train is None else named.train(image_size)
-        self._normalisation, self._image_size = named.normalisation, image_size
+        self._image_size = image_size
+        self._normalisation = (
+            named.normalisation if normalize is None else read_normalisation("data.normalize", normalize)
+        )
 
     def prepare(self, sample: RawSample, epoch: int | None, index: int) -> Item:
         """What a worker does; see ``samples.Preparation``.
@@ -136,7 +147,7 @@ class PicturePreparation:
         # A GPU multiplies by the reciprocal of a number, but divides by a tensor. Not blocking: nothing waits for it.
         white, mean_C11, std_C11 = (
             torch.tensor(values).view(-1, 1, 1).to(images_BCHW.device, non_blocking=True)
-            for values in ((255.0,), *self._normalisation)
+            for values in ((255.0,), self._normalisation.mean, self._normalisation.std)
         )
         return images_BCHW.div_(white).sub_(mean_C11).div_(std_C11)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from spt_dist.data.loader import AnySet
+from spt_dist.normalisation import Normalisation
 
 CLASSIFICATION, SEGMENTATION = "classification", "segmentation"
 
@@ -17,6 +18,7 @@ class Task:
         num_train, num_val: how many samples each has.
         num_classes: outputs of the head.
         kind: "classification" or "segmentation".
+        normalisation: of images, where a config chooses it; ``None`` where the data have their own.
         contents: a digest of which training samples there are, in which order; "" where it follows from the config.
     """
 
@@ -27,3 +29,4 @@ class Task:
     num_classes: int
     kind: str = CLASSIFICATION
     contents: str = ""
+    normalisation: Normalisation | None = None

@@ -15,13 +15,13 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from spt_dist.config import lookup
+from spt_dist.normalisation import NORMALISATIONS, Normalisation
 
 Spatial = Callable[[Any], Any]
 """From an RGB image of any size to a square: a PIL image, or a tensor ``(3, H, W)`` in grey levels from 0 to 255."""
 
-_IMAGENET: Final = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_INCEPTION: Final = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-_RAW: Final = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+_IMAGENET: Final = NORMALISATIONS["imagenet"]
+_INCEPTION: Final = NORMALISATIONS["inception"]
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,14 @@ class NamedTransform:
     Attributes:
         held_out: edge of the square in pixels -> what is done to held-out images; nothing in it is random.
         train: the same for training images, random; ``None`` where they are seen as held-out images are.
-        normalisation: mean and deviation of red, green and blue, where white is 1.
+        normalisation: what comes last, where nothing else is asked for.
+        is_whole: whether the name stands for the normalisation as well, so that a backbone's own does not replace it.
     """
 
     held_out: Callable[[int], Spatial]
     train: Callable[[int], Spatial] | None
-    normalisation: tuple[tuple[float, ...], tuple[float, ...]]
+    normalisation: Normalisation
+    is_whole: bool = False
 
 
 class LegacyBilinear:
@@ -101,14 +103,14 @@ TRANSFORMS: Final[dict[str, NamedTransform]] = {
     # ziplab/SPT and ZhangYuanhan-AI/NOAH, lib/datasets.py with --no_aug --direct_resize.
     "vtab": NamedTransform(_square, None, _IMAGENET),
     # The same with --inception: NOAH's search and its VPT; DyT.
-    "vtab_inception": NamedTransform(_square, None, _INCEPTION),
+    "vtab_inception": NamedTransform(_square, None, _INCEPTION, is_whole=True),
     # Bi-Adapter.
-    "vtab_raw": NamedTransform(_square, None, _RAW),
+    "vtab_raw": NamedTransform(_square, None, NORMALISATIONS["none"], is_whole=True),
     # KMnP/vpt, src/data/datasets/tf_dataset.py: `tensorflow.compat.v1`'s tf.image.resize; so does E2VPT.
-    "vtab_vpt": NamedTransform(LegacyBilinear, None, _IMAGENET),
+    "vtab_vpt": NamedTransform(LegacyBilinear, None, _IMAGENET, is_whole=True),
     # dongzelian/SSF, data/transforms_factory.py with --no-aug --direct-resize and its backbone's settings in timm; HST.
     "vtab_ssf": NamedTransform(
-        lambda size: _middle(v2.Resize(size, InterpolationMode.BICUBIC), size), None, _INCEPTION
+        lambda size: _middle(v2.Resize(size, InterpolationMode.BICUBIC), size), None, _INCEPTION, is_whole=True
     ),
     # KMnP/vpt, src/data/transforms.py.
     "fgvc": NamedTransform(
@@ -133,6 +135,7 @@ TRANSFORMS: Final[dict[str, NamedTransform]] = {
         lambda size: _middle(v2.Resize(int(size / 0.9), InterpolationMode.BICUBIC), size),
         lambda size: _resized_crop_and_flip(_ssf_crop(size)),
         _INCEPTION,
+        is_whole=True,
     ),
 }
 

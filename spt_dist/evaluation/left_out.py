@@ -2,23 +2,18 @@
 
 import logging
 
-import torch.distributed as dist
-
-from spt_dist.data.loader import Skipped
+from spt_dist.data.loader import Skipped, leaves_out_bad
 from spt_dist.data.task import Task
 from spt_dist.errors import UserError
-from spt_dist.sensitivity.shards import get_rank, world_size
+from spt_dist.ranks import from_all_ranks
+from spt_dist.sensitivity.shards import get_rank
 
 _logger = logging.getLogger(__name__)
 
 
 def gather_left_out(skipped: Skipped) -> set[int]:
     """Indices of all ranks' bad samples. Collective."""
-    if world_size() == 1:
-        return set(skipped.indices)
-    found: list[set[int]] = [set()] * world_size()
-    dist.all_gather_object(found, skipped.indices)
-    return set().union(*found)
+    return set().union(*from_all_ranks(skipped.indices))
 
 
 def tell_left_out(skipped: Skipped, task: Task) -> None:
@@ -27,7 +22,7 @@ def tell_left_out(skipped: Skipped, task: Task) -> None:
     Raises:
         UserError: on every rank: all of them.
     """
-    if not getattr(task.val, "skip_bad", False):
+    if not leaves_out_bad(task.val):
         return
     num_bad = len(gather_left_out(skipped))
     if num_bad == task.num_val:

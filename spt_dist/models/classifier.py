@@ -20,8 +20,9 @@ def build_classifier(
     kwargs: dict[str, Any] | None = None,
     checkpoint: str | None = None,
     seed: int = 0,
+    keep_head: bool = False,
 ) -> nn.Module:
-    """Build a model, load its backbone and give it a fresh head.
+    """Build a model, load its backbone and give it a fresh head, or the checkpoint's.
 
     Args:
         name: timm's model name, or "mmseg.EncoderDecoder".
@@ -30,6 +31,7 @@ def build_classifier(
             of mmseg's EncoderDecoder (``backbone``, ``decode_head``, ...).
         checkpoint: pre-trained backbone, see ``load_backbone``; ``None`` leaves the random initialisation.
         seed: for the random initialisation, the head's included; the same on every rank gives the same model.
+        keep_head: whether the head is loaded from the checkpoint too.
 
     Returns:
         The model in training mode, fp32, on the CPU.
@@ -40,7 +42,7 @@ def build_classifier(
     model = create_model(name, num_classes, kwargs, torch.device("cpu"), seed)
     fill_head(model, seed)
     if checkpoint is not None:
-        load_backbone(model, checkpoint)
+        load_backbone(model, checkpoint, keep_head)
     return model
 
 

@@ -23,6 +23,23 @@ def is_linear(module: nn.Module) -> bool:
     return layer_kind(module) == "linear"
 
 
+def matrix_kind(module: nn.Module) -> str | None:
+    """How the module's ``weight``, seen as rows of one output each, is a matrix that can be updated as one.
+
+    Returns:
+        "linear"; "depthwise" for a convolution of each channel by itself, ``(out, height * width)`` of the kernel;
+        "pointwise" for a 1 x 1 convolution of all channels without padding, ``(out, in)``; ``None`` for all else.
+    """
+    kind = layer_kind(module)
+    if kind != "conv2d":
+        return kind if kind == "linear" else None
+    assert isinstance(module, nn.Conv2d)
+    if module.groups == module.in_channels > 1:
+        return "depthwise"
+    is_padded = any(module._reversed_padding_repeated_twice)
+    return "pointwise" if module.kernel_size == (1, 1) and module.groups == 1 and not is_padded else None
+
+
 @cache
 def _kinds() -> dict[Callable[..., Any], str]:
     from timm.layers import GroupNorm, GroupNorm1, LayerNorm, LayerNorm2d

@@ -5,19 +5,31 @@ timm fuses the query, key and value projections into one ``nn.Linear``; SPT deci
 is rows ``0 .. D`` of ``blocks.3.attn.qkv.weight``. Everything else keeps the module's own parameter name.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from spt_dist.errors import UserError
-from spt_dist.models.layers import is_linear
+from spt_dist.models.layers import is_linear, matrix_kind
 from spt_dist.models.sharded import whole_shape
+from spt_dist.tables import format_table
 
 # What mmseg's segmentation models have beside their backbone.
 SEGMENTATION_HEADS = ("neck", "decode_head", "auxiliary_head")
+# Kinds of logical parameters, and what tables call them: first those that are matrices, then the others.
+_MATRIX_KINDS = {
+    "linear": "matrices: Linear",
+    "part": "matrices: parts of a fused Linear",
+    "depthwise": "matrices: depthwise convolutions",
+    "pointwise": "matrices: pointwise convolutions",
+}
+_OTHER_KINDS = {"convolution": "dense convolutions", "vector": "vectors", "other": "tokens and tables"}
+KINDS = _MATRIX_KINDS | _OTHER_KINDS
 
 
 @dataclass(frozen=True)
@@ -29,8 +41,8 @@ class LogicalParameter:
         module, parameter: where it is: the module's name in the model, and the parameter's own name in it.
         start: the first row.
         shape: of these rows.
-        is_matrix: whether it can take a structured module (LoRA): the ``(out_features, in_features)`` weight of a
-            Linear layer.
+        kind: "linear", "part" (of a fused Linear layer), "depthwise" and "pointwise" (convolutions), which are
+            matrices; "convolution" (any other), "vector" or "other".
     """
 
     name: str
@@ -38,7 +50,17 @@ class LogicalParameter:
     parameter: str
     start: int
     shape: tuple[int, ...]
-    is_matrix: bool
+    kind: str
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it can take a structured module (LoRA)."""
+        return self.kind in _MATRIX_KINDS
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """``(out_features, in_features)`` of a matrix: a convolution's kernel is flattened."""
+        return self.shape[0], prod(self.shape[1:])
 
     @property
     def numel(self) -> int:
@@ -61,6 +83,7 @@ class Inventory:
         head: parameters of the classification head: always trained, never counted.
         always_tuned: those of ``parameters`` that SPT always trains and counts, whatever their scores (``cls_token``).
         backbone_size: number of weights outside the head.
+        shapes: of all the model's own parameters, the head's too, by their names in it.
     """
 
     parameters: list[LogicalParameter]
@@ -68,10 +91,37 @@ class Inventory:
     head: list[str]
     always_tuned: list[str]
     backbone_size: int
+    shapes: dict[str, tuple[int, ...]]
 
     def by_name(self) -> dict[str, LogicalParameter]:
         """Logical name -> logical parameter."""
         return {parameter.name: parameter for parameter in self.parameters}
+
+    def summary(self, skipped: Mapping[str, str] | None = None) -> str:
+        """A table of what becomes of all parameters: their kinds, and in each the operations, over all blocks.
+
+        Args:
+            skipped: parameters without scores, ``name -> reason``, as a scoring pass has found them; ``None`` for
+                those that are known beforehand.
+        """
+        skipped = self.skipped if skipped is None else skipped
+        groups: dict[str, dict[str, list[int]]] = {label: defaultdict(list) for label in KINDS.values()}
+        groups["always tuned, whatever the scores"] = defaultdict(list)
+        for item in self.parameters:
+            if item.name not in skipped:
+                always = item.name in self.always_tuned
+                label = "always tuned, whatever the scores" if always else KINDS[item.kind]
+                groups[label][operation_of(item.name)].append(item.numel)
+        known = {name: prod(shape) for name, shape in self.shapes.items()}
+        known |= {item.name: item.numel for item in self.parameters}
+        for name, reason in skipped.items():
+            groups.setdefault(f"left out: {reason}", defaultdict(list))[operation_of(name)].append(known[name])
+        left_out = sum(known[name] for name in skipped)
+        groups["head: always trained, never counted"] = defaultdict(list)
+        for name in self.head:
+            groups["head: always trained, never counted"][operation_of(name)].append(known[name])
+        title = f"inventory: {self.backbone_size:,} weights outside the head, {left_out:,} of them left out"
+        return format_table(title, ["", "tensors", "weights"], list(_rows(groups)))
 
 
 def take_inventory(model: nn.Module) -> Inventory:
@@ -90,22 +140,24 @@ def take_inventory(model: nn.Module) -> Inventory:
     always_tuned: list[str] = []
     skipped: dict[str, str] = {}
     parameters: list[LogicalParameter] = []
+    shapes: dict[str, tuple[int, ...]] = {}
     size = 0
     for module_name, module in model.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{parameter_name}".lstrip(".")
+            shapes[name] = whole_shape(parameter)
             if in_modules(module_name, heads):
                 head.append(name)
                 continue
-            size += prod(whole_shape(parameter))
+            size += prod(shapes[name])
             if parameter_name == "cls_token":
                 always_tuned.append(name)
             if is_linear(module) and _used_by_parent(model, module_name):
                 # timm's BEiT and EVA read the weight and leave the module uncalled.
                 skipped[name] = "its weight is used without calling the layer"
             else:
-                parameters += _split(module_name, module, parameter_name, whole_shape(parameter))
-    return Inventory(parameters, skipped, head, always_tuned, size)
+                parameters += _split(module_name, module, parameter_name, shapes[name])
+    return Inventory(parameters, skipped, head, always_tuned, size, shapes)
 
 
 def find_heads(model: nn.Module) -> tuple[str, ...]:
@@ -158,15 +210,41 @@ def _used_by_parent(model: nn.Module, module_name: str) -> bool:
 def _split(
     module_name: str, module: nn.Module, parameter_name: str, shape: tuple[int, ...]
 ) -> Iterator[LogicalParameter]:
-    is_matrix = is_linear(module) and parameter_name == "weight"
+    kind = _kind_of(module, parameter_name, shape)
     if own_name_of(module_name) == "qkv" and is_linear(module) and shape[0] % 3 == 0:
         rows = shape[0] // 3
         for part, letter in enumerate("qkv"):
             name = logical_name(parent_of(module_name), letter, parameter_name)
-            yield LogicalParameter(name, module_name, parameter_name, part * rows, (rows, *shape[1:]), is_matrix)
+            part_kind = "part" if kind == "linear" else kind
+            yield LogicalParameter(name, module_name, parameter_name, part * rows, (rows, *shape[1:]), part_kind)
     else:
         name = logical_name(module_name, parameter_name)
-        yield LogicalParameter(name, module_name, parameter_name, 0, shape, is_matrix)
+        yield LogicalParameter(name, module_name, parameter_name, 0, shape, kind)
+
+
+def _kind_of(module: nn.Module, parameter_name: str, shape: tuple[int, ...]) -> str:
+    """One of ``KINDS``."""
+    matrix = matrix_kind(module) if parameter_name == "weight" else None
+    if matrix is not None:
+        return matrix
+    if len(shape) == 1:
+        return "vector"
+    return "convolution" if isinstance(module, _ConvNd) and parameter_name == "weight" else "other"
+
+
+def _rows(groups: Mapping[str, Mapping[str, list[int]]]) -> Iterator[list[str]]:
+    """A row for each group that has anything, and below it one for each of its operations."""
+    for label, operations in groups.items():
+        sizes = [size for found in operations.values() for size in found]
+        if sizes:
+            yield [label, f"{len(sizes):,}", f"{sum(sizes):,}"]
+            for operation, found in operations.items():
+                yield [f"  {operation}", f"{len(found):,}", f"{sum(found):,}"]
+
+
+def operation_of(name: str) -> str:
+    """The name with block numbers left out: ``blocks.3.attn.q.weight`` -> ``blocks.attn.q.weight``."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())
 
 
 def logical_name(*parts: str) -> str:

@@ -17,13 +17,14 @@ from torch.distributed.fsdp import fully_shard
 from spt_dist.allocation.plan import Plan
 from spt_dist.compat import start_deepspeed
 from spt_dist.errors import UserError
-from spt_dist.models.checkpoints import WeightsFile, backbone_state, load_backbone
+from spt_dist.models.checkpoints import WeightsFile, backbone_state, check_sum, copy_weights, log_account
 from spt_dist.models.classifier import build_classifier, create_model, fill_head, head_values
 from spt_dist.models.fingerprint import fingerprint, hash_tensors
 from spt_dist.models.matrices import take_inventory
 from spt_dist.models.precision import shorten_frozen
 from spt_dist.parallel.engines.deepspeed_config import deepspeed_config
 from spt_dist.parallel.units import find_units
+from spt_dist.ranks import from_rank_0
 from spt_dist.sections import EngineConfig, ModelConfig
 from spt_dist.tuning.inject import is_tuned, trainable_parameters
 
@@ -32,7 +33,7 @@ WHOLE, FSDP, ZERO3 = "whole", "fsdp", "zero3"
 
 @dataclass(frozen=True)
 class Backbone:
-    """A pre-trained model with a fresh head, and the fingerprint of its weights as the checkpoint has them."""
+    """A pre-trained model with its head, and the fingerprint of its weights as the checkpoint has them."""
 
     model: nn.Module
     fingerprint: str
@@ -65,14 +66,17 @@ def build_backbone(
             every rank, as head and ``cls_token`` are in any case; unless it trains all of the backbone.
 
     Raises:
-        UserError: as ``build_classifier``; or the ranks can't be cut into groups of ``shard_size``.
+        UserError: as ``build_classifier``; the checkpoint has another SHA-256 than the config says; or the ranks can't
+            be cut into groups of ``shard_size``.
     """
+    verify_checkpoint(config)
     train_all = plan is not None and plan.trains_backbone
     in_place = () if plan is None or train_all else plan.parameters
     empty = create_model(config.name, config.num_classes, config.kwargs, torch.device("meta"))
     weights = None if config.checkpoint is None else WeightsFile(config.checkpoint)
     if form == WHOLE or weights is None or not _can_start_empty(empty):
-        model = build_classifier(config.name, config.num_classes, config.kwargs, config.checkpoint, seed)
+        name, keep_head = config.name, config.keep_head
+        model = build_classifier(name, config.num_classes, config.kwargs, config.checkpoint, seed, keep_head)
         found = fingerprint(model)
         _prepare(model, engine, train_all, in_place)
         if form == FSDP:
@@ -81,18 +85,31 @@ def build_backbone(
             partition(model.to(device), engine)
         return Backbone(model.to(device), found)
 
-    weights.check(empty)
+    log_account(weights.check(empty, config.keep_head))
     found = _hash_on_rank_0(weights, empty)
     _prepare(empty, engine, train_all, in_place)
     if form == FSDP:
         shard(empty, engine.shard_size, device, train_all, in_place)
         empty.to_empty(device=device)
-        load_backbone(empty, str(config.checkpoint))
-        fill_head(empty, seed)
+        copy_weights(empty, weights)
+        if not config.keep_head:
+            fill_head(empty, seed)
     else:
         partition(empty, engine, _reader(weights, empty, seed, device))
     reinit_non_persistent_buffers(empty)
     return Backbone(empty, found)
+
+
+def verify_checkpoint(config: ModelConfig) -> None:
+    """Compare the checkpoint with the SHA-256 that the config has for it. Collective; rank 0 reads the file.
+
+    Raises:
+        UserError: on every rank: there is no such file, or its SHA-256 is another.
+    """
+    if config.checkpoint is None or config.sha256 is None:
+        return
+    location, sha256 = config.checkpoint, config.sha256
+    from_rank_0(lambda: check_sum(location, sha256))
 
 
 def shard(
@@ -173,13 +190,13 @@ def _can_start_empty(model: nn.Module) -> bool:
 
 
 def _reader(weights: WeightsFile, model: nn.Module, seed: int, device: torch.device) -> Callable[[str, Tensor], Tensor]:
-    backbone, head = backbone_state(model), head_values(model, seed)
+    taken, head = set(weights.taken()), head_values(model, seed)
 
     def read(name: str, empty: Tensor) -> Tensor:
+        if name in taken:
+            return weights.read(name).to(device, empty.dtype)
         if name in head:
             return head[name].to(device)
-        if name in backbone:
-            return weights.read(name).to(device, empty.dtype)
         return torch.empty_like(empty, device=device)
 
     return read
@@ -187,11 +204,8 @@ def _reader(weights: WeightsFile, model: nn.Module, seed: int, device: torch.dev
 
 def _hash_on_rank_0(weights: WeightsFile, model: nn.Module) -> str:
     """As ``fingerprint`` of the model with these weights."""
-    found = [""]
-    if dist.get_rank() == 0:
-        found = [hash_tensors((n, weights.read(n).to(t.dtype)) for n, t in sorted(backbone_state(model).items()))]
-    dist.broadcast_object_list(found)
-    return found[0]
+    state = sorted(backbone_state(model).items())
+    return from_rank_0(lambda: hash_tensors((name, weights.read(name).to(tensor.dtype)) for name, tensor in state))
 
 
 def _make_mesh(shard_size: int | None, device: torch.device) -> DeviceMesh:

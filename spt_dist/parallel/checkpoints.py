@@ -8,17 +8,19 @@ both are written after the file they name.
 import json
 import logging
 import re
+import socket
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from spt_dist.allocation.plan import Plan
 from spt_dist.errors import UserError
 from spt_dist.files import TensorFile, save_tensors, write_text
+from spt_dist.hosts import rank_zeros_file
+from spt_dist.ranks import from_all_ranks, from_rank_0
 
 # Version 1 had another name for structured modules; 2 did not say which run it was of.
 FORMAT_VERSION = 4
@@ -162,21 +164,42 @@ def find_checkpoint(resume: str | None, directory: Path) -> Checkpoint | None:
     "auto" is the latest in ``directory``, or ``None`` if there is none. Where it is damaged, the one before it is
     taken, with a warning.
 
+    Hosts that don't see the file of rank 0 are sent it.
+
     Raises:
-        UserError: a path that does not exist, or is damaged; or "auto", and all there are are damaged.
+        UserError: a path that does not exist, or is damaged; or "auto", and all there are are damaged, or another host
+            than rank 0's has later ones.
     """
     if resume is None:
         return None
-    found: list[Path | UserError | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            found = [_find_latest(directory) if resume == "auto" else _check_file(Path(resume), f"--resume {resume}")]
-        except UserError as error:
-            found = [error]
-    dist.broadcast_object_list(found)
-    if isinstance(found[0], UserError):
-        raise found[0]
-    return None if found[0] is None else load_checkpoint(found[0])
+    found = from_rank_0(
+        lambda: _find_latest(directory) if resume == "auto" else _check_file(Path(resume), f"--resume {resume}")
+    )
+    if resume == "auto":
+        _check_other_hosts(directory)
+    if found is None:
+        return None
+    with rank_zeros_file(found) as path:
+        return replace(load_checkpoint(path), path=found)
+
+
+def _check_other_hosts(directory: Path) -> None:
+    """Refuse to leave behind what lies on another host, where rank 0 was before. Collective."""
+    pointed = from_all_ranks((socket.gethostname(), _pointed_step(directory)))
+    for host, step in pointed:
+        if step > pointed[0][1]:
+            raise UserError(
+                f"{directory}: on {host} it has a checkpoint of step {step}, but on {pointed[0][0]}, where rank 0 is, "
+                f"{f'the latest is of step {pointed[0][1]}' if pointed[0][1] else 'none'}; copy the folder there, "
+                "or delete it where it is not wanted"
+            )
+
+
+def _pointed_step(directory: Path) -> int:
+    """Steps before the checkpoint that ``latest`` names; 0 where there is none."""
+    pointer = directory / "latest"
+    named = _NAME.fullmatch(pointer.read_text(encoding="utf-8").strip()) if pointer.is_file() else None
+    return int(named[1]) if named else 0
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -1,8 +1,9 @@
-"""Finding rank, world size and address under any launcher, and joining the process group."""
+"""Joining the process group under any launcher."""
 
+import logging
 import os
-import re
-from collections.abc import Iterator, Mapping
+import socket
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -10,61 +11,16 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from spt_dist.errors import UserError
 from spt_dist.parallel.beats import first_beat
+from spt_dist.parallel.environment import LaunchEnvironment, read_environment
 from spt_dist.parallel.faults import is_mistake
+from spt_dist.parallel.introductions import Introduction, choose_backend, exchange, interface_between_hosts
 from spt_dist.parallel.signals import Stopped, StopSignals
 from spt_dist.parallel.store import Address, Board, agree, alone, connect
 from spt_dist.parallel.watch import Watch
 
-# Launcher -> where it keeps (rank, world size, rank within the node).
-_LAUNCHER_VARIABLES = {
-    "torchrun or deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-}
 SECONDS_FOR_WATCH = 10.0
-_LOCAL_SIZE_VARIABLES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE")
-
-
-@dataclass(frozen=True)
-class LaunchEnvironment:
-    """What a launcher tells one of its processes.
-
-    Attributes:
-        rank, world_size, local_rank: as in ``torch.distributed``.
-        local_world_size: processes on this node, as far as the launcher tells.
-        address, port: where the ranks find each other.
-        agent_store: whether the launcher's process listens there, as torchrun's does; if not, rank 0 does.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-    address: str = "127.0.0.1"
-    port: int = 29500
-    agent_store: bool = False
-
-
-def read_environment(variables: Mapping[str, str] | None = None) -> LaunchEnvironment:
-    """Read the launcher's variables; a single process where there are none.
-
-    Raises:
-        UserError: a variable is missing beside its fellows, no number, or out of range.
-    """
-    variables = os.environ if variables is None else variables
-    for launcher, names in _LAUNCHER_VARIABLES.items():
-        present = [name for name in names[:2] if name in variables]
-        # An sbatch script's own environment has SLURM_NTASKS without SLURM_PROCID: no task of srun, one process.
-        if len(present) == 2:
-            return _read(names, variables)
-        if launcher.startswith("torchrun") and present:
-            missing = next(name for name in names if name not in variables)
-            raise UserError(
-                f"environment: {present[0]} is set but {missing} is not; start through a launcher or unset it"
-            )
-    return LaunchEnvironment()
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +65,10 @@ def process_group(timeout: float = 600.0) -> Iterator[ProcessGroup]:
     )
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // environment.local_world_size))
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
+    if torch.cuda.is_available():
         torch.cuda.set_device(environment.local_rank % torch.cuda.device_count())
-    backend = "nccl" if on_gpu and environment.local_world_size <= torch.cuda.device_count() else "gloo"
+    if environment.warning:
+        logger.warning("%s", environment.warning)
     rank, world_size = environment.rank, environment.world_size
     address = Address(environment.address, environment.port, environment.agent_store)
     store = alone() if world_size == 1 else connect(address, rank, timeout)
@@ -123,7 +79,7 @@ def process_group(timeout: float = 600.0) -> Iterator[ProcessGroup]:
         try:
             watch.report(0, "joining the other ranks")
             dist.init_process_group(
-                backend,
+                _choose_way(dist.PrefixStore(attempt, store.group), store.lifeline, rank, world_size),
                 store=dist.PrefixStore(f"{attempt}/group", store.group),
                 rank=rank,
                 world_size=world_size,
@@ -143,6 +99,26 @@ def process_group(timeout: float = 600.0) -> Iterator[ProcessGroup]:
         _destroy()
 
 
+def _choose_way(store: dist.Store, connection: socket.socket | None, rank: int, world_size: int) -> str:
+    """How the ranks talk to each other: the name of the backend, and for gloo the network interface."""
+    mine = Introduction.of(_device_id(), connection)
+    everybody = exchange(store, rank, world_size, mine)
+    backend = choose_backend(everybody)
+    interface = interface_between_hosts(mine, everybody)
+    if interface is not None and "GLOO_SOCKET_IFNAME" not in os.environ:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+    if world_size > 1:
+        hosts = len({one.host for one in everybody})
+        over = f", over {interface}" if interface and backend == "gloo" else ""
+        logger.info("%d ranks on %d hosts, joined by %s%s", world_size, hosts, backend, over)
+    return backend
+
+
+def _device_id() -> str:
+    """What tells this rank's GPU from all others in the world; "" for a CPU."""
+    return str(torch.cuda.get_device_properties(local_device()).uuid) if torch.cuda.is_available() else ""
+
+
 def _destroy() -> None:
     # Leaving without this aborts now and then inside gloo's threads.
     if dist.is_initialized():
@@ -152,29 +128,3 @@ def _destroy() -> None:
 def local_device() -> torch.device:
     """The device of this rank: its GPU, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _read(names: tuple[str, str, str], variables: Mapping[str, str]) -> LaunchEnvironment:
-    rank, world_size, local_rank = (_number(variables, name, 0) for name in names)
-    if not rank < world_size:
-        raise UserError(f"environment: {names[0]}={rank} is not below {names[1]}={world_size}")
-    local_size = next((_number(variables, name, 1) for name in _LOCAL_SIZE_VARIABLES if name in variables), 1)
-    nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST")
-    address = variables.get("MASTER_ADDR") or (_first_host(nodes) if nodes else "127.0.0.1")
-    port = _number(variables, "MASTER_PORT", 20000 + _number(variables, "SLURM_JOB_ID", 9500) % 20000)
-    agent_store = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return LaunchEnvironment(rank, world_size, local_rank, local_size, address, port, agent_store)
-
-
-def _number(variables: Mapping[str, str], name: str, default: int) -> int:
-    text = variables.get(name, str(default))
-    if not text.isdecimal():
-        raise UserError(f"environment: {name}={text!r} is no number; start through a launcher or unset it")
-    return int(text)
-
-
-def _first_host(nodes: str) -> str:
-    """``gpu[03-06,9],cpu1`` -> ``gpu03``."""
-    match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
-    assert match is not None
-    return match[1] + (match[2] or "")

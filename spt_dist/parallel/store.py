@@ -4,19 +4,27 @@ import contextlib
 import select
 import socket
 import time
-from dataclasses import dataclass
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from uuid import uuid4
 
 import torch.distributed as dist
 
+from spt_dist.background import in_background
 from spt_dist.errors import UserError
 from spt_dist.exits import LOST, RunEnded
 from spt_dist.parallel.beats import Beat, Verdict
+from spt_dist.parallel.environment import LOOPBACK
 
 PAUSE = 0.1
 # Rank 0 sees best who is missing, and is given this time to say it before another rank does.
 SECONDS_FOR_RANK_ZERO = 2.0
+# For rank 0 to find that its address leads to its own host, and for anybody to find that a name can't be looked up.
+SECONDS_TO_REACH_ITSELF = 10.0
+SECONDS_TO_LOOK_UP = 60.0
+# For who listens to answer.
+SECONDS_TO_ANSWER = 30.0
 MOST_NAMED = 8
 
 
@@ -103,22 +111,57 @@ def connect(address: Address, rank: int, timeout: float) -> Connections:
     """Reach the store; rank 0 opens it unless the launcher has.
 
     Raises:
-        UserError: the port is taken.
+        UserError: the port is taken, the address is another host's than rank 0's, or it can't be looked up.
         RunEnded: nobody listens within ``timeout`` seconds.
     """
-    opens = rank == 0 and not address.of_launcher
-    lifeline = None if opens else _wait_for_listener(address, timeout)
-    wait = timedelta(seconds=timeout)
+    if rank or address.of_launcher:
+        lifeline = _wait_for_listener(address, timeout)
+        return Connections(_client(address, timeout), _client(address, timeout), lifeline)
+    # Rank 0 listens on all its addresses, and needs none of them for itself.
+    own = replace(address, host=LOOPBACK)
     try:
-        first = dist.TCPStore(
-            address.host, address.port, is_master=opens, timeout=wait, wait_for_workers=False, multi_tenant=True
+        store = dist.TCPStore(
+            own.host,
+            own.port,
+            is_master=True,
+            timeout=timedelta(seconds=timeout),
+            multi_tenant=True,
+            wait_for_workers=False,
         )
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        raise UserError(f"environment: MASTER_PORT={address.port} is in use on this host; give another") from error
-    second = dist.TCPStore(address.host, address.port, is_master=False, timeout=wait, wait_for_workers=False)
-    return Connections(first, second, lifeline)
+        raise UserError(
+            f"environment: port {own.port} is in use on {socket.gethostname()}, the host of rank 0; set MASTER_PORT "
+            "to another"
+        ) from error
+    _check_own(address)
+    return Connections(store, _client(own, timeout))
+
+
+def _client(address: Address, timeout: float) -> dist.Store:
+    """A client of the store. Torch's own waits without end for one who listens, but is no store."""
+    wait = timedelta(seconds=timeout)
+    client = in_background(
+        lambda: dist.TCPStore(address.host, address.port, is_master=False, timeout=wait, wait_for_workers=False)
+    )
+    try:
+        return client.result(min(timeout, SECONDS_TO_ANSWER))
+    except FutureTimeout:
+        raise UserError(
+            f"environment: who listens at {address} does not answer as rank 0 would; set MASTER_PORT to another"
+        ) from None
+
+
+def _check_own(address: Address) -> None:
+    """Look whether rank 0's own store is where the other ranks will look for it."""
+    try:
+        socket.create_connection((address.host, address.port), timeout=SECONDS_TO_REACH_ITSELF).close()
+    except OSError as error:
+        raise UserError(
+            f"environment: rank 0 runs on {socket.gethostname()}, but MASTER_ADDR={address.host} does not lead there "
+            f"({error}); set it to a name or an address of the host of rank 0"
+        ) from error
 
 
 def agree(store: dist.Store, beat: Beat, world_size: int, timeout: float) -> str:
@@ -196,11 +239,19 @@ def _missing(ranks: list[int], timeout: float) -> RunEnded:
 
 def _wait_for_listener(address: Address, timeout: float) -> socket.socket:
     """A connection to who listens, once somebody does; torch's own client prints pages while it waits."""
-    deadline = time.monotonic() + timeout
+    started = time.monotonic()
+    deadline = started + timeout
     while True:
         try:
             left = max(PAUSE, deadline - time.monotonic())
             return socket.create_connection((address.host, address.port), timeout=left)
+        except socket.gaierror as error:
+            # A name server may not know of a host that has just been started.
+            if time.monotonic() > min(deadline, started + SECONDS_TO_LOOK_UP):
+                raise UserError(
+                    f"environment: MASTER_ADDR={address.host} can't be looked up on {socket.gethostname()} ({error}); "
+                    "set it to a name or an address that all hosts know"
+                ) from error
         except OSError as error:
             if time.monotonic() > deadline:
                 holder = "the launcher" if address.of_launcher else "rank 0"

@@ -36,7 +36,8 @@ MISSING_BEATS = 3
 # How long a rank that has something to say is given before the others end, and the launcher with them ends it.
 LAST_WORDS = {Kind.FAILED: 3.0, Kind.MEMORY: 3.0, Kind.STOPPED: 3.0, Kind.MISTAKE: 10.0}
 SHORTEST_LAST_WORDS = 0.5
-# How long the others stay after they know, so that launchers find the rank first that began it.
+# How long a rank stays that ends because of another, so that launchers find the other one first: they look for ended
+# processes up to once a second, and name the first.
 SECONDS_FOR_FIRST = 1.5
 SECONDS_TO_SETTLE = 5.0
 SECONDS_TO_TELL = 2.0
@@ -140,7 +141,7 @@ class Watch:
             self._told = True
         if is_mistake(error):
             return error
-        if not tells:
+        if not tells or verdict.kind is Kind.LOST:
             time.sleep(SECONDS_FOR_FIRST)
         own_fault = verdict.kind is Kind.FAILED and verdict.author == self.rank
         return RunEnded(verdict.text, verdict.status(self.rank), tells, traceback=own_fault)
@@ -294,4 +295,6 @@ class Watch:
         logger.info("ended with status %d: %s", status, verdict.text)
         sys.stdout.flush()
         self._hold_store()
+        if verdict.kind is Kind.LOST:
+            time.sleep(SECONDS_FOR_FIRST)
         os._exit(status)

@@ -141,13 +141,13 @@ def _own_column(folder: Path, found: Mapping[str, dict[str, Any]]) -> Column:
 
 
 def _published_columns(table: str, methods: set[str], groups: Mapping[str, Sequence[str]]) -> list[Column]:
-    """What a published table has for these methods; its mean only where the suite has all of its tasks."""
+    """All rows that a published table has for these methods; their means only where the suite has all of its tasks."""
     if not table:
         return []
-    rows: dict[str, Published] = lookup("suite.published", table, PUBLISHED)
+    rows: dict[str, tuple[Published, ...]] = lookup("suite.published", table, PUBLISHED)
     is_whole = sorted(PUBLISHED_TASKS[table]) == sorted(task for tasks in groups.values() for task in tasks)
-    found = {method: row for method, row in rows.items() if method in methods}
-    return [Column(f"paper: {row.label}", row.tasks, row.mean if is_whole else None) for row in found.values()]
+    found = [row for method, of_method in rows.items() if method in methods for row in of_method]
+    return [Column(f"paper: {row.label}", row.tasks, row.mean if is_whole else None) for row in found]
 
 
 def _differences(folder: Path, groups: Mapping[str, Sequence[str]]) -> str:

@@ -12,6 +12,8 @@ METHOD_LABELS = {
     "lora": "LoRA",
     "adapter": "adapter",
     "vpt": "VPT",
+    "bias": "biases",
+    "partial": "last blocks",
     "spt-lora": "SPT-LoRA",
     "spt-adapter": "SPT-Adapter",
     "spt-prompt": "SPT with prompts",

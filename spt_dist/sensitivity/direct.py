@@ -25,7 +25,7 @@ from spt_dist.models.sharded import is_sharded
 from spt_dist.sensitivity.nested import map_tensors, tensors
 
 # Names of torch functions, in-place and reflected forms included, that work element by element and broadcast.
-_ELEMENTWISE = {"add", "sub", "mul", "div", "true_divide", "truediv"}
+_ELEMENTWISE = {"add", "sub", "mul", "div", "true_divide", "truediv", "addcmul"}
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 

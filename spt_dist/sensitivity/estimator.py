@@ -97,6 +97,7 @@ def estimate_sensitivity(
     shard = scoring.finish()
     total = int(all_sum(torch.tensor(run.num_samples, device=device)))
     if get_rank() == 0:
+        logger.info(inventory.summary(scoring.skipped))
         _log_skipped(inventory.head, scoring.skipped)
     shapes = {item.name: list(item.shape) for item in inventory.parameters}
     info = ScoreInfo(

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
 from spt_dist.models.layers import layer_kind
+from spt_dist.sensitivity.depthwise import depthwise_gradients
 from spt_dist.sensitivity.kernels import add_squared_gradients
 
 Rule = Callable[[nn.Module, Tensor, Tensor, int, Mapping[str, Tensor]], None]
@@ -140,11 +141,17 @@ def _patches(inputs_BCHW: Tensor, kernel: tuple[int, ...]) -> Tensor:
 
 def _add_convolved(conv: nn.Conv2d, inputs: Tensor, grads: Tensor, num_samples: int, scores_OChw: Tensor) -> None:
     """Add each sample's squared weight gradient, by torch's own gradient of one sample's convolution."""
+    inputs, grads = inputs.to(scores_OChw.dtype), grads.to(scores_OChw.dtype)
+    is_depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.stride == (1, 1)
+    # One sample alone keeps the rounding of autograd's own function, as in code that squares a batch's gradient.
+    if is_depthwise and num_samples > 1:
+        kernel, dilation = scores_OChw.shape[2:], conv.dilation
+        gradients = depthwise_gradients(_pad(conv, inputs), grads, (kernel[0], kernel[1]), (dilation[0], dilation[1]))
+        scores_OChw += gradients.view(num_samples, -1, *scores_OChw.shape).sum(dim=1).square_().sum(dim=0)
+        return
     padding = conv.padding
     if isinstance(padding, str) or conv.padding_mode != "zeros":
-        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        inputs, padding = F.pad(inputs, conv._reversed_padding_repeated_twice, mode=mode), (0, 0)
-    inputs, grads = inputs.to(scores_OChw.dtype), grads.to(scores_OChw.dtype)
+        inputs, padding = _pad(conv, inputs), (0, 0)
     for some_inputs, some_grads in zip(inputs.chunk(num_samples), grads.chunk(num_samples), strict=True):
         gradient = conv2d_weight(
             some_inputs,
@@ -156,3 +163,8 @@ def _add_convolved(conv: nn.Conv2d, inputs: Tensor, grads: Tensor, num_samples: 
             conv.groups,
         )
         scores_OChw.addcmul_(gradient, gradient)
+
+
+def _pad(conv: nn.Conv2d, inputs_BCHW: Tensor) -> Tensor:
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    return F.pad(inputs_BCHW, conv._reversed_padding_repeated_twice, mode=mode)

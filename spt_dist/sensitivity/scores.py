@@ -13,6 +13,8 @@ from torch import Tensor
 
 from spt_dist.errors import UserError
 from spt_dist.files import save_tensors, write_text
+from spt_dist.hosts import rank_zeros_file, who_sees
+from spt_dist.ranks import from_all_ranks
 from spt_dist.sensitivity.shards import (
     FlatIndex,
     ScoreShard,
@@ -106,17 +108,18 @@ class Scores:
     def save(self, directory: str | Path) -> None:
         """Write one safetensors file a rank and ``scores.json``, which names them. Collective.
 
-        The index is written last, so that it never points at an incomplete set.
+        The index is written last, so that it never points at an incomplete set. Ranks on hosts that don't see rank 0's
+        folder send it their part.
         """
         directory = Path(directory)
         # A name of its own for each save: a save that dies half-way leaves the previous set untouched.
-        label = [uuid4().hex[:8]]
-        if world_size() > 1:
-            dist.broadcast_object_list(label, src=0)
-        files = [f"scores-{label[0]}-{rank:05d}-of-{world_size():05d}.safetensors" for rank in range(world_size())]
-        save_tensors(directory / files[get_rank()], {"scores": self.shard.values}, {"kind": "scores"})
-        if world_size() > 1:
-            dist.barrier()
+        label = from_all_ranks(uuid4().hex[:8])[0]
+        files = [f"scores-{label}-{rank:05d}-of-{world_size():05d}.safetensors" for rank in range(world_size())]
+        for rank, sees in enumerate(who_sees(directory)):
+            values = self.shard.values if sees else self._sent_by(rank)
+            if get_rank() == (rank if sees else 0):
+                save_tensors(directory / files[rank], {"scores": values}, {"kind": "scores"})
+        from_all_ranks(None)
         if get_rank() == 0:
             index = self.shard.index
             text = {
@@ -130,18 +133,31 @@ class Scores:
             write_text(directory / INDEX_FILE, json.dumps(text))
             for stale in set(directory.glob("scores-*.safetensors")) - {directory / file for file in files}:
                 stale.unlink()
-        if world_size() > 1:
-            dist.barrier()
+        from_all_ranks(None)
+
+    def _sent_by(self, rank: int) -> Tensor:
+        """The values of a rank, on rank 0; on that rank and on others something else."""
+        values = self.shard.values
+        if get_rank() == rank:
+            dist.send(values, 0)
+        elif get_rank() == 0:
+            start, stop = shard_bounds(self.shard.index.total, world_size(), rank)
+            values = torch.empty(stop - start, dtype=values.dtype, device=values.device)
+            dist.recv(values, rank)
+        return values
 
     @classmethod
     def load(cls, directory: str | Path) -> "Scores":
-        """Read scores that any number of ranks saved; each rank reads its own part only.
+        """Read scores that any number of ranks saved; each rank reads its own part only. Collective.
+
+        Hosts that don't see rank 0's files are sent them.
 
         Raises:
             UserError: a file is missing, truncated or does not fit the index.
         """
         path = Path(directory) / INDEX_FILE
-        saved = _read_index(path)
+        with rank_zeros_file(path) as local:
+            saved = _read_index(local)
         index = FlatIndex(tuple(saved["names"]), tuple(tuple(shape) for shape in saved["shapes"]))
         start, stop = shard_bounds(index.total, world_size(), get_rank())
         files = [path.with_name(file) for file in saved["files"]]
@@ -149,8 +165,9 @@ class Scores:
         for number, file in enumerate(files):
             low, high = shard_bounds(index.total, len(files), number)
             first, last = max(low, start), min(high, stop)
-            if first < last:
-                parts.append(_read_part(file, high - low, first - low, last - low))
+            with rank_zeros_file(file) as local:
+                if first < last:
+                    parts.append(_read_part(local, high - low, first - low, last - low))
         values = torch.cat(parts) if parts else torch.zeros(0)
         return cls(ScoreShard(index, start, values.to(collective_device())), ScoreInfo(**saved["info"]))
 

@@ -24,6 +24,7 @@ from spt_dist.sensitivity.rules import find_rule
 from spt_dist.sensitivity.shards import FlatIndex, ScoreShard, all_max
 from spt_dist.sensitivity.taps import LayerTaps
 
+_MISSED = "a gradient reaches it on a way that can't be followed"
 # What a pass does with the scores of one layer or one directly used parameter: (name, parameter -> its scores).
 Sink = Callable[[str, dict[str, Tensor]], None]
 
@@ -131,6 +132,14 @@ class ScoringPass:
         self._sink = None
         return loss.detach()
 
+    def find_skipped(self, inputs: Any, targets: Any) -> dict[str, str]:
+        """Forward and backward without scores, which need be no values at all: what can't be scored, name -> reason."""
+        loss = self._forward(inputs, targets)
+        self._sink = lambda name, scores: None
+        missed = self._backward(loss)
+        self._sink = None
+        return self.skipped | self._direct.unsupported | dict.fromkeys(missed, _MISSED)
+
     def _settle(self, has_samples: bool) -> Buffer:
         """Agree with the other ranks, once, on what is scored, and make room for it. Collective the first time."""
         if self._buffer is not None:
@@ -163,7 +172,7 @@ class ScoringPass:
             return True
         everywhere = set().union(*exchange(missed))
         for name in everywhere:
-            self._direct.unsupported[name] = "a gradient reaches it on a way that can't be followed"
+            self._direct.unsupported[name] = _MISSED
         self._confirmed = not everywhere
         if everywhere:
             self._buffer = None

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from spt_dist.compat import import_mmengine
 from spt_dist.config import lookup
 from spt_dist.errors import UserError
 from spt_dist.sections import LogConfig, RunConfig
@@ -34,6 +35,7 @@ def check_backends(log: LogConfig) -> None:
     Raises:
         UserError: a backend is unknown, its package is not installed, or it does not take its arguments.
     """
+    import_mmengine()
     from mmengine.registry import VISBACKENDS
     from mmengine.visualization import BaseVisBackend
 
@@ -104,18 +106,17 @@ class Curves:
 
 
 class _Backend:
-    """One backend, in a Visualizer of its own: one that fails does not take the others along."""
+    """One backend, by itself: mmengine's Visualizer would take the others along with one that fails."""
 
     def __init__(self, options: Mapping[str, Any], config: RunConfig, num_steps: int) -> None:
         from mmengine.config import Config
         from mmengine.registry import VISBACKENDS
-        from mmengine.visualization import TensorboardVisBackend, Visualizer, WandbVisBackend
+        from mmengine.visualization import TensorboardVisBackend, WandbVisBackend
 
         backend = VISBACKENDS.build({"type": options["type"], **_arguments(options, Path(config.work_dir))})
-        # Made directly and not through get_instance, which would make it global.
-        self._visualizer = Visualizer(name="spt_dist", vis_backends=[backend])
+        self._backend = backend
         # The first call starts the backend.
-        self._visualizer.add_config(Config(asdict(config)))
+        backend.add_config(Config(asdict(config)))
         self._tensorboard = backend.experiment if isinstance(backend, TensorboardVisBackend) else None
         self._wandb = backend.experiment if isinstance(backend, WandbVisBackend) else None
         if self._tensorboard is not None:
@@ -124,13 +125,13 @@ class _Backend:
     def add(self, step: int, values: Mapping[str, float]) -> None:
         if self._wandb is not None:
             self._wandb.log({_WANDB_STEP: step}, commit=False)
-        self._visualizer.add_scalars(dict(values), step)
+        self._backend.add_scalars(dict(values), step)
         # It would keep points to itself for up to two minutes, and a killed run would lose them.
         if self._tensorboard is not None:
             self._tensorboard.flush()
 
     def close(self) -> None:
-        self._visualizer.close()
+        self._backend.close()
 
 
 def _arguments(options: Mapping[str, Any], work_dir: Path) -> dict[str, Any]:

@@ -17,13 +17,13 @@ from spt_dist.data.tasks import TASKS
 from spt_dist.errors import UserError
 from spt_dist.evaluation.footprint import bytes_of, share_out, share_scoring, weigh
 from spt_dist.evaluation.rehearsal import PassMemory, Rehearsal
-from spt_dist.models.checkpoints import WeightsFile, resolve_checkpoint
+from spt_dist.models.checkpoints import WeightsFile, check_sum, log_account, resolve_checkpoint
 from spt_dist.models.classifier import create_model
 from spt_dist.models.matrices import Inventory, take_inventory
 from spt_dist.models.precision import shorten_frozen
 from spt_dist.models.weight_files import open_weights
 from spt_dist.parallel.engines.optimizers import optimizer_settings
-from spt_dist.sections import RunConfig
+from spt_dist.sections import ModelConfig, RunConfig
 from spt_dist.tables import format_table
 from spt_dist.tuning.methods import make_plan
 
@@ -71,7 +71,7 @@ class RunNeeds:
         model = self._make_model()
         inventory = take_inventory(model)
         self.image_shape = _image_shape(config, model)
-        self.checkpoint = None if config.model.checkpoint is None else _read_header(config.model.checkpoint, model)
+        self.checkpoint = _read_header(config.model, model)
         own = -(-config.train.batch_size // world_size)
         self.samples = -(-own // config.train.accumulation)
         self.passes = -(-own // self.samples)
@@ -232,17 +232,22 @@ def image_errors(shape: Sequence[int]) -> Iterator[None]:
         ) from error
 
 
-def _read_header(location: str, model: nn.Module) -> CheckpointHeader:
-    """Look at the backbone's file without reading its values.
+def _read_header(config: ModelConfig, model: nn.Module) -> CheckpointHeader | None:
+    """Look at the backbone's file, if the config has one, without loading its values.
 
     Raises:
-        UserError: it is there, and is unreadable or another model's.
+        UserError: it is there, and is unreadable, another model's or, by its SHA-256, not the one that is meant.
     """
+    location = config.checkpoint
+    if location is None:
+        return None
     try:
         path = resolve_checkpoint(location)
     except UserError:
         return CheckpointHeader(location, None, ())
-    WeightsFile(location).check(model)
+    if config.sha256 is not None:
+        check_sum(location, config.sha256)
+    log_account(WeightsFile(location).check(model, config.keep_head))
     file = open_weights(path)
     dtypes = {file.dtype(name) for name in file.names()}
     return CheckpointHeader(location, path.stat().st_size, tuple(sorted(dtypes)))

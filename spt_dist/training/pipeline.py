@@ -3,6 +3,7 @@
 import gc
 import inspect
 import json
+import logging
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +25,7 @@ from spt_dist.data.tasks import TASKS, build_task
 from spt_dist.errors import UserError
 from spt_dist.evaluation.scores import main_metric
 from spt_dist.files import save_tensors, write_text
+from spt_dist.models.checkpoints import WeightsFile
 from spt_dist.models.classifier import create_model
 from spt_dist.models.matrices import head_buffers
 from spt_dist.models.sharded import whole_shape
@@ -34,6 +36,7 @@ from spt_dist.parallel.engines.optimizers import optimizer_settings
 from spt_dist.parallel.launch import local_device
 from spt_dist.parallel.signals import StopSignals
 from spt_dist.sections import RunConfig, TrainConfig
+from spt_dist.training.claim import claim
 from spt_dist.training.curves import check_backends
 from spt_dist.training.dry_run import DryRun, plan_run
 from spt_dist.training.mixing import make_mixing
@@ -49,13 +52,15 @@ from spt_dist.tuning.delta import describe_delta
 from spt_dist.tuning.inject import install, make_modules, print_trainable_parameters
 from spt_dist.tuning.methods import PLAN_MAKERS
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class RunResult:
     """What a run leaves behind; ``summary.json`` in the work dir holds the same.
 
     Attributes:
-        method: "spt-lora", "spt", "lora", "adapter", "vpt", "linear" or "full".
+        method: "spt-lora", "spt", "lora", "adapter", "vpt", "bias", "partial", "linear" or "full".
         num_trainable: trained parameters, head not counted.
         backbone_size: weights of the backbone, head not counted.
         num_head: parameters of the head.
@@ -120,53 +125,83 @@ def run_training(
         Stopped: the run was asked to stop.
     """
     check_config(config)
+    report(0, "looking at the data", limited=False)
     work_dir = Path(config.work_dir)
-    task = build_task(config.data, config.model.num_classes)
+    task = build_task(config.data, config.model.num_classes, config.model.normalize)
     check_setup(work_dir, task, config)
+    if task.normalisation is not None:
+        logger.info("images are normalised as %s", task.normalisation)
     _warm_up(task)
-    checkpoint = find_checkpoint(resume, work_dir / "checkpoints")
-    if checkpoint is not None:
-        checkpoint.check(run_identity(config, task))
-    report(0, "building the model")
+    with claim(work_dir, config.engine.timeout if resume else 0.0, report):
+        # Not before: until it ends, the run before goes on, and replaces its old checkpoints.
+        checkpoint = find_checkpoint(resume, work_dir / "checkpoints")
+        if checkpoint is not None:
+            checkpoint.check(run_identity(config, task))
+        report(0, "building the model")
+        tuned, seconds_scoring = _build(config, task, checkpoint, report)
+        if dist.get_rank() == 0:
+            write_record(work_dir, config, config_path, task.normalisation)
+            _plan_of(tuned).save(work_dir / "plan.safetensors")
+            print_trainable_parameters(tuned)
+        started = time.perf_counter()
+        with rank_log(work_dir, dist.get_rank()) if config.log.rank_files else nullcontext():
+            trainer, found = _train(config, tuned, task, checkpoint, report, stop)
+        values = trainer.trained_values()
+        seconds = (seconds_scoring, time.perf_counter() - started)
+        result = _describe(tuned, found, seconds, work_dir, config_path, trainer.speed)
+        if dist.get_rank() == 0:
+            save_tensors(result.task_file, *describe_delta(tuned, values))
+            write_text(work_dir / "summary.json", json.dumps(asdict(result), indent=1))
+        dist.barrier()
+    return result
+
+
+def _build(config: RunConfig, task: Task, checkpoint: Checkpoint | None, report: Report) -> tuple[nn.Module, float]:
+    """The model with its plan, and the seconds that the plan took; the work dir is this run's then. Collective."""
+    work_dir = Path(config.work_dir)
     started = time.perf_counter()
     plan, scores, backbone = (
         make_run_plan(config, task, report) if checkpoint is None else (checkpoint.plan, None, None)
     )
-    seconds_scoring = time.perf_counter() - started
+    seconds = time.perf_counter() - started
     tuned = _inject(config, plan, backbone)
     if checkpoint is not None:
         checkpoint.check_backbone(str(tuned.spt_fingerprint))
     make_room(work_dir, checkpoint)
     if scores is not None:
         scores.save(work_dir / "scores")
-        scores = None  # as large as the backbone
-    if dist.get_rank() == 0:
-        write_record(work_dir, config, config_path)
-        plan.save(work_dir / "plan.safetensors")
-        print_trainable_parameters(tuned)
+    return tuned, seconds
 
-    started = time.perf_counter()
-    with rank_log(work_dir, dist.get_rank()) if config.log.rank_files else nullcontext():
-        trainer, found = _train(config, tuned, task, checkpoint, report, stop)
-    values = trainer.trained_values()
-    result = RunResult(
+
+def _plan_of(tuned: nn.Module) -> Plan:
+    plan = tuned.spt_plan
+    assert isinstance(plan, Plan)
+    return plan
+
+
+def _describe(
+    tuned: nn.Module,
+    scores: dict[str, float],
+    seconds: tuple[float, float],
+    work_dir: Path,
+    config_path: str,
+    speed: SpeedSummary,
+) -> RunResult:
+    """The result of a run with these scores; ``seconds`` of scoring and of training."""
+    plan = _plan_of(tuned)
+    return RunResult(
         method=plan.method,
         num_trainable=plan.num_trainable,
         backbone_size=plan.backbone_size,
         num_head=sum(prod(whole_shape(tuned.get_parameter(name))) for name in plan.head),
-        metric=main_metric(found),
-        scores=found,
-        seconds_scoring=seconds_scoring,
-        seconds_training=time.perf_counter() - started,
+        metric=main_metric(scores),
+        scores=scores,
+        seconds_scoring=seconds[0],
+        seconds_training=seconds[1],
         task_file=str(work_dir / "task.safetensors"),
         config=config_path,
-        speed=trainer.speed,
+        speed=speed,
     )
-    if dist.get_rank() == 0:
-        save_tensors(result.task_file, *describe_delta(tuned, values))
-        write_text(work_dir / "summary.json", json.dumps(asdict(result), indent=1))
-    dist.barrier()
-    return result
 
 
 def plan_dry(config: RunConfig, world_size: int, memory_gib: float | None = None) -> DryRun:
@@ -179,17 +214,19 @@ def check_setup(work_dir: Path, task: Task, config: RunConfig) -> None:
     """Refuse what would fail in the middle of a run.
 
     Raises:
-        UserError: the work dir is a file; the model does not take the task's images; or batches can't be dealt out
-            as the schedule or batch norm need them.
+        UserError: the work dir is a file; the model does not take the task's images or the checkpoint; or batches can't
+            be dealt out as the schedule or batch norm need them.
     """
     if work_dir.exists() and not work_dir.is_dir():
         raise UserError(f"{work_dir}: is a file, but results need a folder; give another (--work-dir, --out)")
     # The first, as far as a look at one sample goes; one that is bad and left out is stood for by a blank one.
     first = deal_samples([0], 1, 0, 1, same_batches=False, epoch=epoch_key(config.seed, 0))
-    images_BCHW = next(load_batches(task.train, first, torch.device("cpu"))).inputs
+    images_BCHW = next(load_batches(task.train, first, torch.device("cpu"), num_workers=0)).inputs
     model = create_model(config.model.name, config.model.num_classes, config.model.kwargs, torch.device("meta"))
     with image_errors(images_BCHW.shape[1:]), torch.no_grad():
         model.eval()(images_BCHW.to("meta"))
+    if config.model.checkpoint is not None:
+        WeightsFile(config.model.checkpoint).check(model, config.model.keep_head)
     _check_batches(task.num_train, config.train)
     make_mixing(config.train, task)
     if head_buffers(model):

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from spt_dist.errors import UserError
 from spt_dist.files import write_text
+from spt_dist.normalisation import Normalisation
 from spt_dist.parallel.checkpoints import Checkpoint, drop_later
 from spt_dist.sections import RunConfig
 
@@ -72,11 +73,19 @@ def make_room(work_dir: Path, checkpoint: Checkpoint | None) -> None:
     dist.barrier()
 
 
-def write_record(work_dir: Path, config: RunConfig, config_path: str) -> None:
-    """Write ``run.json``: the merged config, where it came from, versions, git commit and number of ranks."""
+def write_record(work_dir: Path, config: RunConfig, config_path: str, normalisation: Normalisation | None) -> None:
+    """Write ``run.json``: the merged config, where it came from, versions, git commit and number of ranks.
+
+    Args:
+        work_dir: of the run.
+        config: the merged config.
+        config_path: the file it came from.
+        normalisation: of images, as several keys of the config together say; ``None`` where the data have their own.
+    """
     record = {
         "config_file": config_path,
         "config": asdict(config),
+        "normalisation": None if normalisation is None else asdict(normalisation),
         "world_size": dist.get_world_size(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "python": platform.python_version(),

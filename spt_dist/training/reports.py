@@ -1,10 +1,14 @@
 """Telling how far a rank is."""
 
-from collections.abc import Callable
-
-Report = Callable[[int, str], None]
-"""Takes the number of steps done and the name of what a rank does next, as ``parallel.watch.Watch.report`` does."""
+from typing import Protocol
 
 
-def ignore(step: int, phase: str) -> None:
+class Report(Protocol):
+    """As ``parallel.watch.Watch.report``."""
+
+    def __call__(self, step: int, phase: str, limited: bool = True) -> None:
+        """Take the number of steps done, the name of what a rank does next, and whether that may take only so long."""
+
+
+def ignore(step: int, phase: str, limited: bool = True) -> None:
     """A ``Report`` that nobody hears."""

@@ -14,7 +14,7 @@ from spt_dist.allocation.plan import Plan
 from spt_dist.allocation.released import eligible_names, matrix_names
 from spt_dist.allocation.request import AllocationRequest
 from spt_dist.data.batches import deal_samples, epoch_key
-from spt_dist.data.loader import Skipped, load_batches, order_of
+from spt_dist.data.loader import Skipped, leaves_out_bad, load_batches, order_of
 from spt_dist.data.task import Task
 from spt_dist.errors import UserError
 from spt_dist.evaluation.left_out import gather_left_out
@@ -64,7 +64,7 @@ def score(config: RunConfig, model: nn.Module, task: Task, report: Report = igno
     if wanted.scores is not None:
         return load_scores(wanted.scores, model)
     sample_ids = choose_samples(config, task)
-    if getattr(task.train, "skip_bad", False):
+    if leaves_out_bad(task.train):
         sample_ids = _without_bad(config, task, sample_ids, report)
     rank, key = dist.get_rank(), epoch_key(config.seed, 0)
     same_batches = wanted.criterion == "batch"

@@ -36,6 +36,12 @@ def naming(member: Member) -> Iterator[None]:
         raise UserError(f"{member.path}: {error}") from error
 
 
+def write_suite(suite: Suite) -> None:
+    """Write what the table of a suite is made from beside its members' summaries."""
+    described = {"path": str(suite.path), "groups": suite.groups, "published": suite.published}
+    write_text(suite.work_dir / SUITE_FILE, json.dumps(described, indent=1))
+
+
 def run_suite(suite: Suite, resume: bool, report: Report = ignore, stop: StopSignals | None = None) -> None:
     """Run a suite's members. Collective; rank 0 writes.
 
@@ -51,12 +57,11 @@ def run_suite(suite: Suite, resume: bool, report: Report = ignore, stop: StopSig
     for member in suite.members:
         with naming(member):
             check_config(member.config)
-            report(0, f"looking at the data of {member.name}")
+            report(0, f"looking at the data of {member.name}", limited=False)
             # A list or a shard that is missing is told now, not hours later.
-            build_task(member.config.data, member.config.model.num_classes)
+            build_task(member.config.data, member.config.model.num_classes, member.config.model.normalize)
     if dist.get_rank() == 0:
-        described = {"path": str(suite.path), "groups": suite.groups, "published": suite.published}
-        write_text(suite.work_dir / SUITE_FILE, json.dumps(described, indent=1))
+        write_suite(suite)
     for number, member in enumerate(suite.members, start=1):
         where = f"task {number} of {len(suite.members)}: {member.name}"
         if resume and is_finished(member.config):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spt_dist.data.batches import GlobalBatches
-from spt_dist.data.loader import Batch, Skipped, load_batches, order_of
+from spt_dist.data.loader import Batch, Skipped, leaves_out_bad, load_batches, order_of
 from spt_dist.data.task import Task
 from spt_dist.errors import UserError
 from spt_dist.evaluation.left_out import gather_left_out
@@ -264,7 +264,7 @@ class Trainer:
         rest = self.batches.steps(num_steps, self.timetable.total_steps)
         self.report(num_steps, "loading data")
         for batch in load_batches(self.task.train, rest, self.device, self.skipped):
-            if getattr(self.task.train, "skip_bad", False):
+            if leaves_out_bad(self.task.train):
                 num_good = batch.weights.sum()
                 dist.all_reduce(num_good)
                 # Where no rank has a good sample, each weight is 0 and the mean shall be too.
@@ -274,7 +274,7 @@ class Trainer:
 
     def _tell_skipped(self) -> None:
         """Log how many training samples were left out since this run began or was resumed. Collective."""
-        if getattr(self.task.train, "skip_bad", False):
+        if leaves_out_bad(self.task.train):
             num_bad = len(gather_left_out(self.skipped))
             if num_bad and self.rank == 0:
                 logger.warning("%d of %d training samples were left out", num_bad, self.task.num_train)
@@ -296,7 +296,9 @@ class Trainer:
 def run_identity(config: RunConfig, task: Task) -> RunIdentity:
     """What a checkpoint has to have in common with a run that goes on with it."""
     train, model = config.train, config.model
-    contents = {"contents": task.contents} if task.contents else {}
+    contents: dict[str, Any] = {"contents": task.contents} if task.contents else {}
+    if task.normalisation is not None:
+        contents["normalisation"] = [list(task.normalisation.mean), list(task.normalisation.std)]
     return RunIdentity(
         seed=config.seed,
         batch_size=train.batch_size,

@@ -12,16 +12,17 @@ from spt_dist.allocation.kinds import find_kind
 from spt_dist.allocation.plan import Plan
 from spt_dist.errors import UserError
 from spt_dist.models.fingerprint import fingerprint
-from spt_dist.models.layers import is_linear
+from spt_dist.models.layers import matrix_kind
 from spt_dist.models.matrices import LogicalParameter, head_buffers, own_name_of, parent_of, take_inventory
 from spt_dist.models.sharded import whole_shape, whole_value
 from spt_dist.tables import format_table
+from spt_dist.tuning.convolutions import TunedConv2d
 from spt_dist.tuning.entries import EntryDelta, holder_name, tune_entries
 from spt_dist.tuning.layers import TunedLinear
 from spt_dist.tuning.prompts import Prompts, check_block
 from spt_dist.tuning.registry import make_module
-from spt_dist.tuning.sparse import SparseDelta
-from spt_dist.tuning.structured import ModuleSpec
+from spt_dist.tuning.structured import ModuleSpec, StructuredModule
+from spt_dist.tuning.tuned import TunedLayer
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +62,8 @@ def make_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     """The modules that ``plan`` asks for, not yet on the model, which stays as it is.
 
     Returns:
-        The name of a Linear layer -> the layer to put in its place; the name of a block -> its prompts; and the name of
-        any other parameter -> what to add to its entries.
+        The name of a Linear layer, or of a convolution that is a matrix -> the layer to put in its place; the name of a
+        block -> its prompts; and the name of any other parameter -> what to add to its entries.
 
     Raises:
         UserError: as ``inject``.
@@ -72,9 +73,10 @@ def make_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     made = {name: _make_prompts(model, name, plan) for name, kind in plan.matrices.items() if _takes_block(kind)}
     for module_name, parameters in placed.items():
         module = model.get_submodule(module_name)
-        if is_linear(module):
-            assert isinstance(module, nn.Linear)
-            made[module_name] = _tune_linear(module, parameters, plan)
+        kind = matrix_kind(module)
+        # A convolution's weight that is computed from others (weight norm) is none of its parameters.
+        if kind == "linear" or (kind is not None and "weight" in module._parameters):
+            made[module_name] = _tune_layer(module, parameters, plan)
         else:
             for parameter in parameters:
                 device = module.get_parameter(parameter.parameter).device
@@ -192,7 +194,10 @@ def _find_places(model: nn.Module, plan: Plan) -> dict[str, list[LogicalParamete
             raise UserError(f"plan: {name} is to be tuned in more than one way")
         if name in plan.matrices and not known[name].is_matrix:
             kind = plan.matrices[name]
-            raise UserError(f"plan: {name} can't have a {kind} module, since it is no weight of a Linear layer")
+            raise UserError(
+                f"plan: {name} can't have a {kind} module, since it is no weight of a Linear layer "
+                "or of a depthwise or pointwise convolution"
+            )
         placed[known[name].module].append(known[name])
     return placed
 
@@ -208,29 +213,43 @@ def _check_own_parameters(model: nn.Module, plan: Plan) -> None:
             raise UserError(f"plan: {name} has shape {plan.shapes[name]}, this model's has {whole_shape(own[name])}")
 
 
-def _tune_linear(linear: nn.Linear, parameters: list[LogicalParameter], plan: Plan) -> TunedLinear:
-    options, device = plan.modules, linear.weight.device
+def _tune_layer(layer: nn.Module, parameters: list[LogicalParameter], plan: Plan) -> TunedLayer:
+    options = plan.modules
     is_parallel = own_name_of(parameters[0].module) in options.parallel
-    if "weight" not in linear._parameters:
+    if "weight" not in layer._parameters:
         raise UserError(
             f"plan: {parameters[0].name} is computed by a parametrization, so it can't be tuned; remove that first "
             "(torch.nn.utils.parametrize.remove_parametrizations)"
         )
-    tuned = TunedLinear(linear, 0.0 if is_parallel else options.dropout, options.drop_path)
+    device = layer.get_parameter("weight").device
+    tuned_class = TunedLinear if isinstance(layer, nn.Linear) else TunedConv2d
+    tuned = tuned_class(layer, 0.0 if is_parallel else options.dropout, options.drop_path)
     weights: list[Tensor] = []
     biases: list[Tensor] = []
     for parameter in parameters:
         if parameter.name in plan.matrices:
-            key = parameter.name.split(".")[-2] if parameter.shape[0] < linear.out_features else "whole"
-            spec = ModuleSpec(linear.in_features, parameter.shape[0], plan.rank, options.init, is_parallel, device)
-            tuned.add_structured(key, parameter.rows, make_module(plan.matrices[parameter.name], spec))
+            key = parameter.name.split(".")[-2] if parameter.kind == "part" else "whole"
+            tuned.add_structured(key, parameter.rows, _make_structured(parameter, plan, is_parallel, device))
         else:
             (weights if parameter.is_matrix else biases).append(_positions(parameter, plan))
     if weights:
-        tuned.sparse = SparseDelta(torch.cat(weights), linear.in_features, device)
+        tuned.tune_weights(torch.cat(weights), device)
     if biases:
         tuned.bias_delta = EntryDelta(torch.cat(biases), device)
-    return tuned.train(linear.training)
+    return tuned.train(layer.training)
+
+
+def _make_structured(matrix: LogicalParameter, plan: Plan, is_parallel: bool, device: torch.device) -> StructuredModule:
+    kind, is_depthwise = plan.matrices[matrix.name], matrix.kind == "depthwise"
+    out_features, in_features = matrix.matrix_shape
+    spec = ModuleSpec(in_features, out_features, plan.rank, plan.modules.init, is_parallel and not is_depthwise, device)
+    module = make_module(kind, spec)
+    if is_depthwise and not (module.reads_output or module.can_merge()):
+        raise UserError(
+            f"plan: {matrix.name} can't have a {kind} module: each row of a depthwise convolution reads another "
+            "channel, so a module on it has to read the layer's output or to be an update of the weight (delta())"
+        )
+    return module
 
 
 def _positions(parameter: LogicalParameter, plan: Plan) -> Tensor:

@@ -1,8 +1,4 @@
-"""Linear layers with tuning modules in place of plain ones.
-
-A tuned layer holds the very parameters of the layer it replaces, frozen and under their old names, so state dicts of
-the backbone keep their keys and code that looks at ``weight`` or ``in_features`` still finds them.
-"""
+"""Linear layers with tuning modules in place of plain ones."""
 
 from typing import Any
 
@@ -10,43 +6,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spt_dist.tuning.entries import EntryDelta
 from spt_dist.tuning.lora import LowRank
 from spt_dist.tuning.recompute import Activated
 from spt_dist.tuning.sparse import SparseDelta
-from spt_dist.tuning.structured import StructuredModule
-
-# What a tuned layer has beside what it took over from the plain one.
-_OWN_ATTRIBUTES = ("plain_class", "structured", "row_ranges", "sparse", "bias_delta", "dropout", "drop_path")
+from spt_dist.tuning.tuned import TunedLayer
 
 
-class TunedLinear(nn.Linear):
+class TunedLinear(TunedLayer, nn.Linear):
     """``nn.Linear`` with structured modules on some row ranges, single tuned weights, and tuned bias entries."""
 
-    def __init__(self, linear: nn.Linear, dropout: float = 0.0, drop_path: float = 0.0) -> None:
-        """``dropout`` on what the structured modules read, ``drop_path`` on what they add, both in training."""
-        from timm.layers import DropPath
-
-        nn.Module.__init__(self)
-        # All that the layer has, hooks and their handles included; but not the same dict of submodules, to which some
-        # are added here.
-        self.__dict__.update(linear.__dict__ | {"_modules": dict(linear._modules)})
-        self.plain_class = type(linear)
-        self.structured = nn.ModuleDict()
-        self.row_ranges: dict[str, slice] = {}
+    def __init__(self, linear: nn.Module, dropout: float = 0.0, drop_path: float = 0.0) -> None:
+        """As ``TunedLayer``."""
+        super().__init__(linear, dropout, drop_path)
         self.sparse: SparseDelta | None = None
-        self.bias_delta: EntryDelta | None = None
-        self.dropout = nn.Dropout(dropout)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def add_structured(self, key: str, rows: slice, module: StructuredModule) -> None:
-        """Update the outputs ``rows`` by ``module``, to be found under ``structured[key]``."""
-        self.structured[key] = module
-        self.row_ranges[key] = rows
+    def tune_weights(self, positions: Tensor, device: torch.device) -> None:
+        """As ``TunedLayer.tune_weights``."""
+        self.sparse = SparseDelta(positions, self.in_features, device)
+
+    def with_single_weights(self, weight: Tensor, sign: int) -> Tensor:
+        """As ``TunedLayer.with_single_weights``."""
+        if self.sparse is not None:
+            self.sparse.add_to_weight(weight, sign)
+        return weight
 
     def forward(self, x: Tensor, source: Activated | None = None) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``; ``source``: what ``x`` was computed from, if known."""
-        bias = self.bias if self.bias_delta is None else self.bias_delta(self.bias)
+        bias = self.tuned_bias()
         # With two axes outputs are no views, which must not be changed in place behind a custom function.
         rows = x.reshape(-1, self.in_features)
         if rows.dtype == torch.float32 and torch.is_autocast_enabled(rows.device.type):
@@ -91,38 +77,6 @@ class TunedLinear(nn.Linear):
             else:
                 y = y.add_(update) if is_whole else _add_rows(y, update, rows)
         return y
-
-    def without_merged(self, plain: nn.Linear) -> "TunedLinear":
-        """``plain``, from ``to_plain``, with the structured modules whose updates it could not take."""
-        rest = TunedLinear(plain, self.dropout.p, getattr(self.drop_path, "drop_prob", 0.0)).train(self.training)
-        for key, module in self.structured.items():
-            if isinstance(module, StructuredModule) and not module.can_merge():
-                rest.add_structured(key, self.row_ranges[key], module)
-        return rest
-
-    @torch.no_grad()
-    def to_plain(self, sign: int = 1) -> nn.Linear:
-        """The plain layer with every update that a weight can hold added to its own, in float64.
-
-        Args:
-            sign: -1 takes the updates away instead.
-        """
-        weight = self.weight.detach().double()
-        for key, module in self.structured.items():
-            if isinstance(module, StructuredModule) and module.can_merge():
-                weight[self.row_ranges[key]] += sign * module.delta()
-        if self.sparse is not None:
-            self.sparse.add_to_weight(weight, sign)
-        parameters = {**self._parameters, "weight": nn.Parameter(weight.to(self.weight.dtype))}
-        if self.bias is not None:
-            bias = self.bias.detach().double()
-            bias = bias if self.bias_delta is None else self.bias_delta(bias, sign)
-            parameters["bias"] = nn.Parameter(bias.to(self.bias.dtype))
-        plain = self.plain_class.__new__(self.plain_class)
-        plain.__dict__.update({name: value for name, value in self.__dict__.items() if name not in _OWN_ATTRIBUTES})
-        modules = {name: module for name, module in self._modules.items() if name not in _OWN_ATTRIBUTES}
-        plain.__dict__.update(_parameters=parameters, _modules=modules)
-        return plain
 
 
 def _with_axes(tensor: Tensor, leading: torch.Size) -> Tensor:

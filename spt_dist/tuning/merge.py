@@ -16,9 +16,9 @@ from spt_dist.models.wrappers import unwrap
 from spt_dist.tuning.delta import attach_delta, read_delta
 from spt_dist.tuning.entries import EntryTuned, merge_entries
 from spt_dist.tuning.inject import install, is_tuned, replace_module
-from spt_dist.tuning.layers import TunedLinear
 from spt_dist.tuning.prompts import Prompts
 from spt_dist.tuning.registry import is_mergeable
+from spt_dist.tuning.tuned import TunedLayer
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def _take_apart(tuned: nn.Module, sign: int = 1) -> dict[str, nn.Module]:
     restore_plain(tuned)
     staying: dict[str, nn.Module] = {}
     for name, module in list(tuned.named_modules()):
-        if isinstance(module, TunedLinear):
+        if isinstance(module, TunedLayer):
             plain = module.to_plain(sign)
             replace_module(tuned, name, plain)
             rest = module.without_merged(plain)

@@ -30,7 +30,10 @@ class ModuleSpec:
 
 
 class StructuredModule(nn.Module):
-    """Computes what is added to the output of a Linear layer (to the rows of one weight matrix in it).
+    """Computes what is added to the output of a layer (to the rows of one weight matrix in it).
+
+    On a pointwise convolution the last axis is that of the channels. On a depthwise one a module that reads the output
+    is used likewise; any other has to have a ``delta``, and is applied to the unit vectors for the kernel's update.
 
     Task files hold its parameters; it can't have buffers of its own, but for some that are not persistent and follow
     from the spec.

@@ -142,7 +142,7 @@ def test_vtab_vpt_is_not_rounded() -> None:
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_on_the_device_crops_and_flips_are_the_same(name: str) -> None:
     """Another crop of these images would differ by tens of grey levels; torch's resizing differs from Pillow's by 2."""
-    std_C11 = torch.tensor(named_transform(name).normalisation[1]).view(3, 1, 1)
+    std_C11 = torch.tensor(named_transform(name).normalisation.std).view(3, 1, 1)
     for number, size in enumerate(SIZES):
         for epoch in (None, 0, 4):
             picture = noise(*size, seed=number)
@@ -185,7 +185,7 @@ def test_a_gpu_normalises_to_the_same_bits() -> None:
         item, _ = preparation.prepare(RawSample("a.png", encode(noise(300, 200)), 0), 2, 1)
         on_cpu, on_gpu = preparation.finish([item], 2, [1]), preparation.finish([item.cuda()], 2, [1])
         if on_device:
-            levels = (on_cpu - on_gpu.cpu()) * torch.tensor(named_transform(name).normalisation[1]).view(3, 1, 1) * 255
+            levels = (on_cpu - on_gpu.cpu()) * torch.tensor(named_transform(name).normalisation.std).view(3, 1, 1) * 255
             assert levels.abs().max() < 2.01
         else:
             assert torch.equal(on_cpu, on_gpu.cpu())

@@ -7,7 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +73,7 @@ class RunningScript:
         self.process = subprocess.Popen(
             [*_command(launcher, ranks), *launcher_options, *(str(argument) for argument in _under_root(arguments))],
             cwd=ROOT,
-            env=_environment() | dict(env or {}) | {name: value},
+            env=clean_environment() | dict(env or {}) | {name: value},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -92,7 +93,7 @@ class RunningScript:
         """
         return [
             pid
-            for pid, variables in _environments()
+            for pid, variables in environments()
             if self.token.encode() in variables and (not variable or variable.encode() in variables)
         ]
 
@@ -150,6 +151,14 @@ def run_all(launches: Mapping[str, Launch], at_once: int = 2) -> dict[str, Scrip
         return dict(zip(launches, pool.map(Launch.run, launches.values()), strict=True))
 
 
+def wait_until(condition: Callable[[], bool], timeout: float = 60.0) -> None:
+    """Poll."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def snapshot(directory: Path) -> dict[str, bytes]:
     """Relative path -> content of every file below ``directory``."""
     paths = (path for path in directory.rglob("*") if path.is_file())
@@ -172,7 +181,7 @@ def _under_root(arguments: Sequence[str | Path]) -> list[str | Path]:
     return [f"launch/{script}", *others]
 
 
-def _environment() -> dict[str, str]:
+def clean_environment() -> dict[str, str]:
     """Our own environment without what a launcher around the tests may have set, and one thread a rank."""
     kept = {
         name: value
@@ -183,7 +192,7 @@ def _environment() -> dict[str, str]:
     return kept | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def _environments() -> Iterator[tuple[int, list[bytes]]]:
+def environments() -> Iterator[tuple[int, list[bytes]]]:
     """Id and initial environment of every process that we may look at; a zombie's is empty."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

@@ -41,10 +41,14 @@ def results(folder: Path) -> Mapping[str, ScriptResult]:
     task, config = folder / "task.safetensors", folder / "tiny.py"
     (folder / "mine").mkdir()
     (folder / "mine" / "notes.txt").write_text("mine")
+    forms: dict[str, list[str]] = {"peft": ["peft"], "hf": ["hf"], "mine": ["hf"]}
+    pictures = ["--cfg-options", "data._delete_=True", "data.type=image_folder", "data.root=nowhere"]
+    forms["backbone's"] = ["hf", *pictures, "model.normalize=clip"]
+    forms["data's"] = ["hf", *pictures, "model.normalize=clip", "data.transform=vtab_vpt"]
     return run_all(
         {
-            name: Launch(["export.py", task, "--config", config, "--format", form, "--out", folder / name])
-            for name, form in {"peft": "peft", "hf": "hf", "mine": "hf"}.items()
+            name: Launch(["export.py", task, "--config", config, "--out", folder / name, "--format", *form])
+            for name, form in forms.items()
         }
     )
 
@@ -72,6 +76,20 @@ def test_a_folder_for_timm(folder: Path, results: Mapping[str, ScriptResult]) ->
     loaded = timm.create_model(f"local-dir:{folder / 'hf'}", pretrained=True).eval()
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(loaded(images), merged(images))
+
+
+def test_the_normalisation_of_the_run(folder: Path, results: Mapping[str, ScriptResult]) -> None:
+    """Which needs no data; timm's own of this ViT is 0.5 and 0.5."""
+    wanted = {
+        "backbone's": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711], "clip, mean 0.4815"),
+        "data's": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], "imagenet, mean 0.485"),
+        "hf": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5], "timm's for the architecture"),
+    }
+    for name, (mean, std, words) in wanted.items():
+        printed = results[name].check().stdout
+        config = timm.create_model(f"local-dir:{folder / name}", pretrained=True).pretrained_cfg
+        assert (list(config["mean"]), list(config["std"])) == (mean, std), name
+        assert f"normalisation  {words}" in printed
 
 
 def test_other_folders_stay_as_they_are(folder: Path, results: Mapping[str, ScriptResult]) -> None:

@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.launch.processes import Launch, ScriptResult, run_all
 from tests.launch.runs import (
     BUDGET,
     STEPS_PER_EPOCH,
+    assert_same_curve,
+    assert_same_plan,
+    assert_same_task,
     read_lines,
     read_losses,
     read_plan,
@@ -99,37 +101,17 @@ def test_run_is_worth_comparing(runs: Runs) -> None:
 @pytest.mark.parametrize("case", TOGETHER)
 def test_same_losses(runs: Runs, case: str) -> None:
     """Step by step, with the gradient's norm and the learning rate."""
-    expected, found = read_lines(runs[ALONE][0]), read_lines(runs[case][0])
-    assert [line.keys() for line in found] == [line.keys() for line in expected]
-    # The sums over ranks are rounded in another order; Adam carries the difference on. Seen: 2e-7 and 3e-6.
-    for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
-        wanted = [line[key] for line in expected if key in line]
-        assert [line[key] for line in found if key in line] == pytest.approx(wanted, rel=tolerance), key
-    assert [line["lr"] for line in found if "lr" in line] == [line["lr"] for line in expected if "lr" in line]
-    top1 = [line["top1"] for line in expected if "top1" in line]
-    # An image that lies on the border between two classes may fall to either: two of 1,596.
-    assert [line["top1"] for line in found if "top1" in line] == pytest.approx(top1, abs=2 / 1596)
+    assert_same_curve(runs[case][0], runs[ALONE][0])
 
 
 @pytest.mark.parametrize("case", TOGETHER)
 def test_same_plan(runs: Runs, case: str) -> None:
-    expected, found = read_plan(runs[ALONE][0]), read_plan(runs[case][0])
-    assert found.matrices == expected.matrices
-    assert found.vectors == expected.vectors
-    assert found.parameters == expected.parameters
-    assert found.head == expected.head
-    assert found.sparse.keys() == expected.sparse.keys()
-    for name, indices in expected.sparse.items():
-        assert torch.equal(found.sparse[name], indices), name
+    assert_same_plan(runs[case][0], runs[ALONE][0])
 
 
 @pytest.mark.parametrize("case", TOGETHER)
 def test_same_task(runs: Runs, case: str) -> None:
-    expected, found = read_task(runs[ALONE][0]), read_task(runs[case][0])
-    assert found.keys() == expected.keys()
-    for name, values in expected.items():
-        # Values move by the learning rate, 3e-2, a step; the difference seen is 5e-7.
-        torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text)
+    assert_same_task(runs[case][0], runs[ALONE][0])
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.disks import mounted_disk
-from tests.launch.processes import RunningScript, ScriptResult, run_script
+from tests.launch.processes import RunningScript, ScriptResult, run_script, wait_until
 from tests.launch.runs import (
     STEPS_PER_EPOCH,
     latest_step,
@@ -151,14 +151,6 @@ def test_torchrun_restarts_and_goes_on(config: Path, reference: Path, tmp_path: 
 def new_rank(running: RunningScript, old: list[int]) -> bool:
     """Whether a rank 1 runs that is not one of the old."""
     return bool(set(running.processes("RANK=1")) - set(old))
-
-
-def wait_until(condition: Callable[[], bool], timeout: float = 60.0) -> None:
-    """Poll."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.fixture

@@ -53,6 +53,9 @@ def test_what_a_suite_does_not_take_is_refused(tmp_path: Path) -> None:
         ([tmp_path / "all.py", "--dry-run"], "--dry-run"),
         ([tmp_path / "one.py", "--tasks", "one"], "--tasks"),
         ([tmp_path / "all.py", "--tasks", "on"], "one"),
+        ([tmp_path / "one.py", "--member", "one"], "--member"),
+        ([tmp_path / "all.py", "--member", "on"], "one"),
+        ([tmp_path / "all.py", "--member", "one", "--tasks", "one"], "--tasks"),
         ([tmp_path / "two.py"], "gone/index.json"),
         ([tmp_path / "one.py", "--cfg-options", "data.root=pipe:cat x/{}"], "blanks"),
     ):

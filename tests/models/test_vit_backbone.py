@@ -274,4 +274,4 @@ def test_loading_on_another_grid_is_what_mmseg_does(tmp_path: Path, caplog: pyte
         theirs.init_weights()
         assert torch.allclose(ours.pos_embed, theirs.pos_embed, atol=1e-6)
         assert torch.equal(ours.cls_token, theirs.cls_token)
-        assert "pos_embed of shape (1, 26, 12) is resampled to (1, 25, 12)" in caplog.text
+        assert "1 x 26 x 12 -> 1 x 25 x 12" in caplog.text

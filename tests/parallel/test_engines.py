@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -176,18 +176,43 @@ def check_run(results: list[dict[str, Any]], folder: Path, plan: str = "random")
     assert len(list((folder / "checkpoints").glob("step-*"))) == 2
 
 
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its work dir, and what ``train`` returned on each rank."""
+
+    folder: Path
+    results: list[dict[str, Any]]
+
+
+MakeRun = Callable[[EngineConfig, int, int, str], Run]
+
+
+@pytest.fixture(scope="module")
+def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
+    """A run of an engine, made once for all tests that look at it."""
+
+    @cache
+    def make(engine: EngineConfig, world_size: int, accumulation: int, plan: str) -> Run:
+        folder = tmp_path_factory.mktemp("run")
+        return Run(folder, run_ranks(train, world_size, engine, str(folder), accumulation, plan))
+
+    return make
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(("engine", "world_size", "accumulation"), CASES, ids=name_of)
 def test_every_engine_follows_the_plain_loop(
-    tmp_path: Path, engine: EngineConfig, world_size: int, accumulation: int
+    make_run: MakeRun, engine: EngineConfig, world_size: int, accumulation: int
 ) -> None:
-    check_run(run_ranks(train, world_size, engine, str(tmp_path), accumulation), tmp_path)
+    run = make_run(engine, world_size, accumulation, "random")
+    check_run(run.results, run.folder)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("engine", [DDP, FSDP, ZERO[2], ZERO[3]], ids=name_of)
-def test_full_fine_tuning_follows_the_plain_loop(tmp_path: Path, engine: EngineConfig) -> None:
-    check_run(run_ranks(train, 2, engine, str(tmp_path), 1, "full"), tmp_path, "full")
+def test_full_fine_tuning_follows_the_plain_loop(make_run: MakeRun, engine: EngineConfig) -> None:
+    run = make_run(engine, 2, 1, "full")
+    check_run(run.results, run.folder, "full")
 
 
 @pytest.mark.distributed
@@ -240,31 +265,18 @@ MOVES = [(engine, 2, engine, 2, "random") for engine in ENGINES] + [
 ]
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[EngineConfig, int, str], Path]:
-    """Work dir of a run of an engine, made once."""
-
-    @cache
-    def make(engine: EngineConfig, world_size: int, plan: str) -> Path:
-        folder = tmp_path_factory.mktemp("run")
-        run_ranks(train, world_size, engine, str(folder), 1, plan)
-        return folder
-
-    return make
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize(("writer", "writers", "reader", "readers", "plan"), MOVES, ids=name_of)
 def test_checkpoints_move_between_engines_and_world_sizes(
     tmp_path: Path,
-    written: Callable[[EngineConfig, int, str], Path],
+    make_run: MakeRun,
     writer: EngineConfig,
     writers: int,
     reader: EngineConfig,
     readers: int,
     plan: str,
 ) -> None:
-    first = written(writer, writers, plan)
+    first = make_run(writer, writers, 1, plan).folder
     (tmp_path / "metrics.jsonl").write_bytes((first / "metrics.jsonl").read_bytes())
     checkpoint = str(first / "checkpoints" / "step-00000048.safetensors")
     run_ranks(resume, readers, reader, checkpoint, str(tmp_path), plan)

@@ -8,9 +8,17 @@ from dataclasses import replace
 import pytest
 import torch.distributed as dist
 
+from spt_dist import UserError
 from spt_dist.exits import LOST, RunEnded
 from spt_dist.parallel.beats import Kind, Verdict, first_beat
 from spt_dist.parallel.store import Address, Board, agree, connect
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def join(store: dist.Store, rank: int, world_size: int, timeout: float = 20.0, delay: float = 0.0) -> str | RunEnded:
@@ -88,6 +96,47 @@ def test_nobody_listens() -> None:
         port = probe.getsockname()[1]
         with pytest.raises(RunEnded, match=rf"rank 0 has not come .* nobody listens at 127.0.0.1:{port}"):
             connect(Address("127.0.0.1", port, False), 1, 1.0)
+
+
+@pytest.mark.parametrize("host", ["240.0.0.1", "no-such-host.invalid"])
+def test_rank_zero_on_another_host_than_its_address(host: str) -> None:
+    """As where MASTER_ADDR names a login node: the others would look there for as long as the timeout."""
+    with pytest.raises(UserError, match=rf"rank 0 runs on .*, but MASTER_ADDR={host} does not lead there"):
+        connect(Address(host, free_port(), False), 0, 5.0)
+
+
+def test_a_name_that_can_not_be_looked_up() -> None:
+    with pytest.raises(UserError, match=r"MASTER_ADDR=no-such-host\.invalid can't be looked up on"):
+        connect(Address("no-such-host.invalid", free_port(), False), 1, 0.5)
+
+
+@pytest.mark.parametrize("of_launcher", [False, True])
+def test_somebody_else_listens_there(of_launcher: bool) -> None:
+    """Another program that took the port: torch's client would wait for its answer without end."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = Address("127.0.0.1", other.getsockname()[1], of_launcher)
+        started = time.monotonic()
+        with pytest.raises(UserError, match=r"who listens at 127\.0\.0\.1:\d+ does not answer as rank 0 would"):
+            connect(address, 1, 1.0)
+        assert time.monotonic() - started < 20
+
+
+def test_the_port_of_rank_zero_is_taken() -> None:
+    with socket.create_server(("0.0.0.0", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=rf"port {port} is in use on .*, the host of rank 0; set MASTER_PORT"):
+            connect(Address("127.0.0.1", port, False), 0, 5.0)
+
+
+def test_rank_zero_listens_on_every_address_of_its_host() -> None:
+    """127.0.0.2 stands for the one by which other hosts reach it."""
+    port = free_port()
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(connect, Address("127.0.0.2", port, False), 1, 10.0)
+        mine = connect(Address("127.0.0.1", port, False), 0, 10.0)
+        mine.group.set("key", "value")
+        assert other.result().watch.get("key") == b"value"
+        assert mine.lifeline is None and other.result().lifeline is not None
 
 
 def test_the_first_verdict_stands() -> None:

@@ -34,7 +34,7 @@ def total(found: DryRun, phase: str) -> int:
     return sum(found.phases[phase].values())
 
 
-@pytest.mark.parametrize("method", ["lora", "linear", "full"])
+@pytest.mark.parametrize("method", ["lora", "bias", "partial", "linear", "full"])
 def test_counts_are_those_of_the_injected_model(method: str) -> None:
     config = make_config({"type": method})
     found = plan_run(config, 1)
@@ -234,6 +234,22 @@ def test_the_checkpoint_is_looked_at(tmp_path: Path) -> None:
     save_file({"norm.weight": torch.ones(96)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="does not fit this backbone"):
         run(str(tmp_path / "other.safetensors"))
+
+
+def test_the_checkpoint_has_to_be_the_one_that_is_meant(caplog: pytest.LogCaptureFixture) -> None:
+    demo = ModelConfig(
+        name="vit_tiny_patch16_224",
+        num_classes=10,
+        kwargs=SMALL | {"depth": 6},
+        checkpoint="package://demo_vit.safetensors",
+    )
+    with caplog.at_level("INFO", logger="spt_dist"):
+        plan_run(make_config(model=demo), 1)
+    assert "demo_vit.safetensors: 78 tensors" in caplog.text and "blocks.*.attn.qkv.weight" in caplog.text
+    with pytest.raises(UserError, match=r"demo_vit\.safetensors: its SHA-256 is .*, but model\.sha256='01234567'"):
+        plan_run(make_config(model=replace(demo, sha256="01234567")), 1)
+    with pytest.raises(UserError, match=r"demo_vit\.safetensors: holds no head\.bias"):
+        plan_run(make_config(model=replace(demo, keep_head=True)), 1)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch.utils.data import TensorDataset
 
 from spt_dist import UserError
@@ -60,3 +61,10 @@ def test_what_would_fail_or_mix_samples_later(tmp_path: Path, config: RunConfig,
     check_setup(tmp_path, TASK, CONFIG)
     with pytest.raises(UserError, match=message):
         check_setup(tmp_path, TASK, config)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_the_data_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "vit.safetensors"
+    save_file({"norm.weight": torch.ones(3)}, path)
+    with pytest.raises(UserError, match=r"vit\.safetensors: read as .*keys are missing"):
+        check_setup(tmp_path, TASK, change(model=replace(CONFIG.model, checkpoint=str(path))))

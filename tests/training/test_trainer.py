@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from spt_dist.normalisation import read_normalisation
 from spt_dist.parallel.checkpoints import Checkpoint, find_checkpoint
 from spt_dist.parallel.signals import Stopped, StopSignals
 from spt_dist.training.metrics import read_metrics
@@ -150,3 +151,13 @@ def test_a_run_belongs_to_the_contents_of_its_data(tmp_path: Path) -> None:
     assert run_identity(config, task).data["contents"] == "3f5a"
     for other in (run_identity(config, replace(task, contents="77e0")), run_identity(config, make_task())):
         assert other.data != run_identity(config, task).data
+
+
+def test_a_run_belongs_to_a_normalisation(tmp_path: Path) -> None:
+    """Whoever asked for it."""
+    config = make_config(DDP, str(tmp_path))
+    first, same, other = (
+        run_identity(config, replace(make_task(), normalisation=read_normalisation(key, name))).data
+        for key, name in (("data.normalize", "clip"), ("model.normalize", "clip"), ("model.normalize", "imagenet"))
+    )
+    assert first == same != other

@@ -19,9 +19,8 @@ from spt_dist import (
     save_delta,
     trainable_parameters,
 )
-from spt_dist.allocation.plan import operation_of
 from spt_dist.files import save_tensors
-from spt_dist.models.matrices import take_inventory
+from spt_dist.models.matrices import operation_of, take_inventory
 from spt_dist.tuning.delta import describe_delta
 from spt_dist.tuning.entries import EntryDelta
 from spt_dist.tuning.methods import make_plan
@@ -46,7 +45,7 @@ def test_gradients_equal_those_of_dense_weights(kind: str) -> None:
         if name not in plan.vectors and name not in plan.sparse:
             continue
         positions = plan.sparse.get(name, torch.arange(parameter.numel))
-        holder_name = "sparse" if parameter.is_matrix else f"{parameter.parameter}_delta"
+        holder_name = "sparse" if parameter.kind in ("linear", "part") else f"{parameter.parameter}_delta"
         holder = tuned.get_submodule(parameter.module).get_submodule(holder_name)
         found = dict(zip(places_of(holder), holder.values.grad.tolist(), strict=True))
         offset = parameter.start * (parameter.shape[1] if parameter.is_matrix else 1)

@@ -58,6 +58,7 @@ def build_fgvc(
     skip_bad_samples: bool = False,
     in_memory: bool | None = None,
     on_device: bool = False,
+    normalize: str | dict[str, Any] | None = None,
 ) -> Task:
     """One of the fine-grained data sets.
 
@@ -66,7 +67,8 @@ def build_fgvc(
         data_set: one of ``FGVC_SETS``.
         train, val: lists of images that train, and of those held out: "val" where something is to be chosen without
             looking at the test images.
-        transform, image_size, num_workers, skip_bad_samples, in_memory, on_device: as of ``picture_task``.
+        transform, image_size, num_workers, skip_bad_samples, in_memory, on_device, normalize: as of
+            ``picture_task``.
 
     Raises:
         UserError: an unknown data set, list or transform; a list or an image is missing; a list is not what it should
@@ -82,6 +84,7 @@ def build_fgvc(
         skip_bad_samples=skip_bad_samples,
         in_memory=in_memory,
         on_device=on_device,
+        normalize=normalize,
     )
 
 

@@ -1,6 +1,7 @@
 """Data sets that timm can open: torchvision's, and those of the Hugging Face hub."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Final
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from spt_dist.data.pictures import PicturePreparation
 from spt_dist.data.samples import BadSampleError, Item, RawSample, SampleSet
 from spt_dist.data.task import Task
 from spt_dist.errors import UserError
+from spt_dist.ranks import host_first
 
 _PREFIXES: Final = ("hfds/", "torch/")
 # timm takes the whole folder for each split where these have no folder of its name.
@@ -81,6 +83,7 @@ def build_hub(
     num_workers: int = 4,
     skip_bad_samples: bool = False,
     on_device: bool = False,
+    normalize: str | dict[str, Any] | None = None,
 ) -> Task:
     """A data set by the name that timm has for it. Of torchvision's nothing is downloaded.
 
@@ -91,7 +94,7 @@ def build_hub(
         root: the folder that the data set is in, or where the hub's are kept.
         train, val: splits that train and are held out.
         image_column, label_column: columns of a data set of the hub; ``None`` for "image" and "label".
-        transform, image_size, num_workers, skip_bad_samples, on_device: as of ``picture_task``.
+        transform, image_size, num_workers, skip_bad_samples, on_device, normalize: as of ``picture_task``.
 
     Raises:
         UserError: timm has no such data set or can't open it, or ``datasets`` is not installed; an argument is out of
@@ -106,10 +109,11 @@ def build_hub(
     columns = {key: column for key, column in named.items() if column is not None}
     if columns and not name.startswith("hfds/"):
         raise UserError(f"config: data.name={name!r} has no columns; leave out data.image_column and data.label_column")
-    preparation = PicturePreparation(transform, image_size, on_device)
+    preparation = PicturePreparation(transform, image_size, on_device, normalize)
     train_set, val_set = (
         HubSet(
-            _open(name, root, split, columns),
+            # What is downloaded is kept: one rank does it for those who find it then.
+            host_first(partial(_open, name, root, split, columns)),
             f"{name}, {split}",
             num_classes,
             preparation,

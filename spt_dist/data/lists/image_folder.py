@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, is_image_file
 
@@ -22,13 +23,15 @@ def build_image_folder(
     skip_bad_samples: bool = False,
     in_memory: bool | None = None,
     on_device: bool = False,
+    normalize: str | dict[str, Any] | None = None,
 ) -> Task:
     """Images in folders that are called as their classes are.
 
     Args:
         root: the folder that has a folder for each split.
         train, val: these folders' names.
-        transform, image_size, num_workers, skip_bad_samples, in_memory, on_device: as of ``picture_task``.
+        transform, image_size, num_workers, skip_bad_samples, in_memory, on_device, normalize: as of
+            ``picture_task``.
 
     Raises:
         UserError: an unknown transform; a folder is missing, has no images, or is reached twice; ``val`` has a class
@@ -45,6 +48,7 @@ def build_image_folder(
         skip_bad_samples=skip_bad_samples,
         in_memory=in_memory,
         on_device=on_device,
+        normalize=normalize,
     )
 
 

@@ -6,7 +6,7 @@ is a path in that folder, a blank and a class from 0: ``images/train800/000000.j
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from spt_dist.config import lookup
 from spt_dist.data.image_set import ImageList
@@ -69,6 +69,7 @@ def build_vtab(
     skip_bad_samples: bool = False,
     in_memory: bool | None = None,
     on_device: bool = False,
+    normalize: str | dict[str, Any] | None = None,
 ) -> Task:
     """A task of VTAB-1k.
 
@@ -77,7 +78,8 @@ def build_vtab(
         task: one of ``VTAB_TASKS``.
         train, val: lists of images that train, and of those held out: "train800" and "val200" where something is to be
             chosen without looking at the test images.
-        transform, image_size, num_workers, skip_bad_samples, in_memory, on_device: as of ``picture_task``.
+        transform, image_size, num_workers, skip_bad_samples, in_memory, on_device, normalize: as of
+            ``picture_task``.
 
     Raises:
         UserError: an unknown task, list or transform; a list or an image is missing; a list is not what it should be.
@@ -92,6 +94,7 @@ def build_vtab(
         skip_bad_samples=skip_bad_samples,
         in_memory=in_memory,
         on_device=on_device,
+        normalize=normalize,
     )
 
 

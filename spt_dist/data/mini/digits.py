@@ -7,22 +7,21 @@ from typing import Final
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
+from spt_dist.data.digits import NUM_DIGITS, read_digits
 from spt_dist.data.mini.canvas import IMAGE_SIZE, Draw, Floats, Pixels, coloured, lit, to_pixels, two_colours
 
 STARTS: Final[dict[str, int]] = {"train": 0, "val": 800, "test": 1000}
 """Where the digits of a split begin in scikit-learn's, once these are shuffled."""
-NUM_DIGITS: Final = 1797
 NUM_TEST: Final = NUM_DIGITS - STARTS["test"]
 _SHUFFLE_SEED: Final = 0
 
 
 def shuffled_digits() -> tuple[Floats, list[int]]:
     """All 1,797 digits, ``(1797, 8, 8)``, 0 to 1, and their labels, in the order in which the splits take them."""
-    digits = load_digits()
+    images_NHW, labels_N = (values_N.numpy() for values_N in read_digits())
     order = np.random.default_rng(_SHUFFLE_SEED).permutation(NUM_DIGITS)
-    return digits.images[order] / 16, digits.target[order].tolist()
+    return images_NHW[order] / 16, labels_N[order].tolist()
 
 
 def _placed(digit_HW: Floats, height: float, width: float, row: float, column: float, lean: float) -> Floats:

@@ -60,7 +60,7 @@ def make_mini(
 
     Raises:
         UserError: an unknown task; a number is too small; a task's folder is there, but was made otherwise;
-            scikit-image is missing.
+            scikit-learn or scikit-image is missing.
         OSError: of the file system.
     """
     for task in tasks:

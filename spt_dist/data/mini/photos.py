@@ -10,7 +10,6 @@ from typing import Any, Final
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_sample_image
 
 from spt_dist.data.mini.canvas import IMAGE_SIZE, Draw, Floats, Pixels, lit, to_pixels
 from spt_dist.errors import UserError
@@ -46,19 +45,24 @@ def load_photo(name: str) -> Pixels:
         name: as in the values of ``PHOTOS``.
 
     Raises:
-        UserError: scikit-image isn't installed.
+        UserError: scikit-learn or scikit-image isn't installed.
     """
-    if name.endswith(".jpg"):
-        image = Image.fromarray(load_sample_image(name))
-    else:
-        try:
+    try:
+        if name.endswith(".jpg"):
+            from sklearn.datasets import load_sample_image
+
+            pixels = load_sample_image(name)
+        else:
             from skimage import data
-        except ImportError as error:
-            raise UserError(
-                f"the photograph {name!r} comes with scikit-image, which is not installed: "
-                "pip install 'spt_dist[mini]', or make only tasks that need none"
-            ) from error
-        image = Image.fromarray(getattr(data, name)()).convert("RGB")
+
+            pixels = getattr(data, name)()
+    except ImportError as error:
+        library = "scikit-learn" if name.endswith(".jpg") else "scikit-image"
+        raise UserError(
+            f"the photograph {name!r} comes with {library}, which is not installed: "
+            "pip install 'spt_dist[mini]', or make only tasks that need none"
+        ) from error
+    image = Image.fromarray(pixels).convert("RGB")
     image.thumbnail((_LONGEST, _LONGEST), Image.Resampling.BOX)
     return np.asarray(image)
 

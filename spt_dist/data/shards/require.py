@@ -5,15 +5,15 @@ import logging
 import os
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, TypeVar
+from typing import Final
 
 import torch.distributed as dist
 
 from spt_dist.data.shards.index import Shard, ShardIndex, Split
 from spt_dist.data.shards.openers import is_local, open_stream, shown
 from spt_dist.errors import UserError
+from spt_dist.ranks import from_all_ranks, from_all_shares, own_share
 
-T = TypeVar("T")
 _NUM_THREADS: Final = 16
 _NUM_NAMED: Final = 3
 _logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def load_index(location: str) -> ShardIndex:
         text = index.to_json()
     except UserError as error:
         problem = str(error)
-    found = _from_all_ranks((problem, hashlib.sha256(text.encode()).hexdigest()))
+    found = from_all_ranks((problem, hashlib.sha256(text.encode()).hexdigest()))
     problems = [problem for problem, _ in found if problem]
     if problems:
         raise UserError(problems[0])
@@ -53,13 +53,9 @@ def require_shards(location: str, split: Split) -> None:
     Raises:
         UserError: on every rank, the same: some are missing; names the first three.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        problems = list(pool.map(lambda shard: _problem(location, shard), split.shards[rank::world_size]))
-    shares = _from_all_ranks(problems)
-    # Rank r has looked at shards r, r + world_size, ...
-    in_order = [shares[place % world_size][place // world_size] for place in range(len(split.shards))]
-    missing = [problem for problem in in_order if problem]
+        problems = list(pool.map(lambda shard: _problem(location, shard), own_share(split.shards)))
+    missing = [problem for problem in from_all_shares(problems) if problem]
     if missing:
         more = f"; and {len(missing) - _NUM_NAMED:,} more" * (len(missing) > _NUM_NAMED)
         raise UserError(
@@ -103,12 +99,3 @@ def _problem(location: str, shard: Shard) -> str:
     except tarfile.HeaderError:
         return f"{path}: {failure or f'no tar file; it begins with {block[:16]!r}'}"
     return ""
-
-
-def _from_all_ranks(value: T) -> list[T]:
-    """The values of all ranks, in their order. Collective."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[T] = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

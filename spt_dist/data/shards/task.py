@@ -1,5 +1,7 @@
 """Shards as a classification task."""
 
+from typing import Any
+
 from spt_dist.data.pictures import PicturePreparation
 from spt_dist.data.shards.index import INDEX_NAME
 from spt_dist.data.shards.openers import shown
@@ -20,6 +22,7 @@ def build_shards(
     lanes: int = 16,
     window: int = 1000,
     on_device: bool = False,
+    normalize: str | dict[str, Any] | None = None,
 ) -> Task:
     """Shards with an index, as ``launch/prepare_data.py`` writes them, as a classification task. Collective.
 
@@ -33,6 +36,7 @@ def build_shards(
         skip_bad_samples: leave out, with a count, samples that can't be read, instead of ending the run.
         lanes, window: as of ``ShardSet``.
         on_device: cut and resize images where the model is, instead of in the workers.
+        normalize: in place of the transform's normalisation, as of ``PicturePreparation``.
 
     Returns:
         a task of ``ShardSet``.
@@ -44,7 +48,7 @@ def build_shards(
     if num_workers < 0:
         raise UserError(f"config: data.num_workers={num_workers} has to be 0 or more")
     check_lanes(lanes, window)
-    preparation = PicturePreparation(transform, image_size, on_device)
+    preparation = PicturePreparation(transform, image_size, on_device, normalize)
     index = load_index(root)
     if index.kind != CLASSIFICATION:
         raise UserError(

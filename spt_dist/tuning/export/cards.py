@@ -1,11 +1,15 @@
 """Model cards: the README.md of an exported folder, Markdown with the front matter that Hugging Face's hub reads."""
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from textwrap import fill
 
 from torch import nn
 
 from spt_dist.allocation.plan import Plan
+
+# Mean and deviation of red, green and blue, where white is 1.
+MeanStd = tuple[Sequence[float], Sequence[float]]
 
 
 def peft_card(tuned: nn.Module, plan: Plan, fingerprint: str, base_model: str) -> str:
@@ -68,7 +72,9 @@ All of the task, bit for bit; another backbone is refused.
 {_version_section()}"""
 
 
-def merged_card(merged: nn.Module, architecture: str, plan: Plan, fingerprint: str) -> str:
+def merged_card(
+    merged: nn.Module, architecture: str, plan: Plan, fingerprint: str, normalisation: MeanStd | None
+) -> str:
     """The card of a folder with a merged model.
 
     Args:
@@ -76,7 +82,19 @@ def merged_card(merged: nn.Module, architecture: str, plan: Plan, fingerprint: s
         architecture: timm's name of it.
         plan: what was trained.
         fingerprint: of the backbone before that, 64 hexadecimal digits.
+        normalisation: of the task's images; ``None`` where it is not known.
     """
+    if normalisation is None:
+        known = (
+            "`config.json` has timm's preprocessing for this architecture (size, mean, deviation, crop), which may not "
+            "be the task's."
+        )
+    else:
+        mean, std = (" ".join(f"{value:.6g}" for value in values) for values in normalisation)
+        known = (
+            f"`config.json` has the mean ({mean}) and the deviation ({std}) that the task was trained with, where "
+            "white is 1. Size, crop and interpolation are timm's for this architecture and may not be the task's."
+        )
     return f"""\
 ---
 library_name: timm
@@ -94,7 +112,7 @@ import timm
 model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
 ```
 
-`config.json` has timm's preprocessing for this architecture (size, mean, deviation, crop), which may not be the task's.
+{fill(known, 120)}
 
 {_plan_section(plan, _count_head(merged, plan), fingerprint)}
 {_version_section()}"""

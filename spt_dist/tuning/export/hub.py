@@ -12,7 +12,7 @@ from spt_dist.allocation.plan import Plan
 from spt_dist.errors import UserError
 from spt_dist.files import save_tensors, write_text
 from spt_dist.models.wrappers import unwrap
-from spt_dist.tuning.export.cards import merged_card
+from spt_dist.tuning.export.cards import MeanStd, merged_card
 from spt_dist.tuning.export.folder import EXPORT_KEY, open_folder
 from spt_dist.tuning.inject import is_tuned
 from spt_dist.tuning.merge import merge
@@ -22,7 +22,7 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 
 
-def save_pretrained(tuned: nn.Module, folder: str | Path) -> Path:
+def save_pretrained(tuned: nn.Module, folder: str | Path, normalisation: MeanStd | None = None) -> Path:
     """Merge, and write a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads, with a card.
 
     The weights file is what ``launch/merge.py`` writes as well. An earlier export in the folder is replaced. With
@@ -31,6 +31,8 @@ def save_pretrained(tuned: nn.Module, folder: str | Path) -> Path:
     Args:
         tuned: a timm model from ``inject`` or ``load_delta``; stays as it is.
         folder: made if it does not exist.
+        normalisation: mean and deviation of red, green and blue that the task's images have, where white is 1; timm
+            then finds them in the folder. ``None`` leaves it timm's own of the architecture, of which the card warns.
 
     Returns:
         ``folder`` as a ``Path``.
@@ -58,12 +60,15 @@ def save_pretrained(tuned: nn.Module, folder: str | Path) -> Path:
         )
     merged = merge(tuned)
     config = _describe(merged)
-    _check_rebuilds(merged, json.loads(config))
+    _check_rebuilds(merged, config)
+    if normalisation is not None:
+        mean, std = normalisation
+        config["pretrained_cfg"] |= {"mean": list(mean), "std": list(std)}
     folder = open_folder(folder, "hf", WEIGHTS_FILE, CONFIG_FILE)
     metadata = {"kind": "merged", "model": architecture, EXPORT_KEY: "hf"}
     save_tensors(folder / WEIGHTS_FILE, merged.state_dict(), metadata)
-    write_text(folder / "README.md", merged_card(merged, architecture, plan, fingerprint))
-    write_text(folder / CONFIG_FILE, config)
+    write_text(folder / "README.md", merged_card(merged, architecture, plan, fingerprint, normalisation))
+    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2))
     return folder
 
 
@@ -85,8 +90,8 @@ def _check_rebuilds(model: nn.Module, config: dict[str, Any]) -> None:
         )
 
 
-def _describe(model: nn.Module) -> str:
-    """``config.json`` as timm writes it: architecture, the arguments it was built with, preprocessing."""
+def _describe(model: nn.Module) -> dict[str, Any]:
+    """What is in ``config.json`` as timm writes it: architecture, the arguments it was built with, preprocessing."""
     # timm takes a second to import.
     from timm.models._hub import save_config_for_hf
 
@@ -99,4 +104,5 @@ def _describe(model: nn.Module) -> str:
                 f"save_pretrained: {CONFIG_FILE} can't describe this model ({error}); build it with names in place of "
                 "functions, as norm_layer='layernorm'"
             ) from error
-        return path.read_text(encoding="utf-8")
+        described: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return described

@@ -2,6 +2,7 @@
 
 PEFT knows one pair of matrices a layer, ``W + (alpha / rank) B A``. So the modules on parts of a fused layer become
 one pair: A stacks their ``down``, B holds their ``up`` as blocks, each in its own rows and columns; alpha is the rank.
+For a pointwise convolution both are 1 x 1 kernels. On a depthwise one PEFT's pair is another thing than ours.
 
 Shape suffixes: I in_features, O out_features, S sum of the ranks of a layer's modules.
 """
@@ -23,12 +24,13 @@ from spt_dist.errors import UserError
 from spt_dist.files import load_tensors, save_tensors, write_text
 from spt_dist.models.matrices import own_name_of, parent_of
 from spt_dist.models.wrappers import unwrap
+from spt_dist.tuning.convolutions import TunedConv2d
 from spt_dist.tuning.delta import attach_delta, describe_delta, parse_delta, trained_values
 from spt_dist.tuning.export.cards import peft_card
 from spt_dist.tuning.export.folder import EXPORT_KEY, open_folder
 from spt_dist.tuning.inject import is_tuned
-from spt_dist.tuning.layers import TunedLinear
 from spt_dist.tuning.lora import LowRank
+from spt_dist.tuning.tuned import TunedLayer
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
@@ -76,8 +78,8 @@ def save_peft(tuned: nn.Module, folder: str | Path, base_model: str | None = Non
         ``folder`` as a ``Path``.
 
     Raises:
-        UserError: the model is not tuned; its plan has no low-rank module, or modules that PEFT has no type for; or the
-            folder holds something else.
+        UserError: the model is not tuned; its plan has no low-rank module, or modules that PEFT has no type for (also
+            low-rank ones on depthwise convolutions); or the folder holds something else.
     """
     tuned = unwrap(tuned)
     if not is_tuned(tuned):
@@ -161,7 +163,13 @@ def _find_stacks(tuned: nn.Module) -> dict[str, list[_Part]]:
     """Name of each layer with low-rank modules -> its modules by their rows."""
     stacks: dict[str, list[_Part]] = {}
     for layer_name, layer in tuned.named_modules():
-        if isinstance(layer, TunedLinear):
+        if isinstance(layer, TunedConv2d) and layer.is_depthwise and layer.structured:
+            raise UserError(
+                f"save_peft: {layer_name} is a depthwise convolution with a low-rank module, and PEFT's convolutions "
+                "share their first factor over all channels of a group; export the merged model (save_pretrained, or "
+                "launch/export.py --format hf) or share the task file (save_delta)"
+            )
+        if isinstance(layer, TunedLayer):
             parts: list[_Part] = []
             for own_name, rows, rank in sorted(_low_rank_modules(layer), key=lambda found: found[1].start):
                 column = parts[-1].columns[1] if parts else 0
@@ -171,7 +179,7 @@ def _find_stacks(tuned: nn.Module) -> dict[str, list[_Part]]:
     return stacks
 
 
-def _low_rank_modules(layer: TunedLinear) -> list[tuple[str, slice, int]]:
+def _low_rank_modules(layer: TunedLayer) -> list[tuple[str, slice, int]]:
     """Own name, rows of the layer's weight and rank of its low-rank modules."""
     return [
         (name, layer.row_ranges[own_name_of(name)], len(module.down))
@@ -181,24 +189,30 @@ def _low_rank_modules(layer: TunedLinear) -> list[tuple[str, slice, int]]:
 
 
 def _stack(parts: list[_Part], state: dict[str, Tensor], layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """A ``(S, I)`` and B ``(O, S)`` of a layer; takes its modules' values out of ``state``."""
-    assert isinstance(layer, nn.Linear)
+    """A ``(S, I)`` and B ``(O, S)`` of a layer; takes its modules' values out of ``state``.
+
+    They have the layer's further axes, of size 1, too.
+    """
+    weight = layer.get_parameter("weight")
     a_SI = torch.cat([state.pop(f"{part.name}.down").detach() for part in parts])
-    b_OS = a_SI.new_zeros(layer.out_features, len(a_SI))
+    b_OS = a_SI.new_zeros(len(weight), len(a_SI))
     for part in parts:
         b_OS[part.block] = state.pop(f"{part.name}.up").detach()
-    return a_SI, b_OS
+    further = weight.shape[2:]
+    return a_SI.view(*a_SI.shape, *further), b_OS.view(*b_OS.shape, *further)
 
 
 def _unstack(layer: str, parts: list[_Part], adapter: "_Adapter") -> dict[str, Tensor]:
     """The values of a layer's modules, by their names in the model."""
     a_SI, b_OS = adapter.take(_key(layer, "A")), adapter.take(_key(layer, "B"))
     rank = parts[-1].columns[1]
-    if a_SI.ndim != 2 or b_OS.ndim != 2 or len(a_SI) != rank or b_OS.shape[1] != rank:
+    is_plain = all(len(x.shape) > 1 and set(x.shape[2:]) <= {1} for x in (a_SI, b_OS))
+    if not is_plain or len(a_SI) != rank or b_OS.shape[1] != rank:
         raise UserError(
             f"{adapter.path}: {layer} has matrices of shape {tuple(a_SI.shape)} and {tuple(b_OS.shape)}, exported with "
             f"rank {rank}; save_peft writes such a folder anew"
         )
+    a_SI, b_OS = a_SI.flatten(1), b_OS.flatten(1)
     outside_OS = b_OS.clone()
     for part in parts:
         outside_OS[part.block] = 0

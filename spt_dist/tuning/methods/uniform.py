@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from spt_dist.allocation.plan import Plan, operation_of
+from spt_dist.allocation.plan import Plan
 from spt_dist.errors import UserError
-from spt_dist.models.matrices import take_inventory
+from spt_dist.models.matrices import operation_of, take_inventory
 
 
 def plan_uniform(model: nn.Module, kind: str, rank: int, targets: Sequence[str]) -> Plan:
@@ -16,7 +16,8 @@ def plan_uniform(model: nn.Module, kind: str, rank: int, targets: Sequence[str])
         model: the backbone with its head.
         kind: of the modules, one that is put on a matrix ("lora", "adapter"); it also names the method.
         rank: size of each module.
-        targets: operations, by the last part of their logical module name: "q", "k", "v", "proj", "fc1", "fc2".
+        targets: operations, by the last part of their logical module name: "q", "k", "v", "proj", "fc1", "fc2",
+            ConvNeXt's "conv_dw". Numbers don't count.
 
     Raises:
         UserError: a target names no matrix of the model; ``rank`` below 1.
@@ -25,11 +26,12 @@ def plan_uniform(model: nn.Module, kind: str, rank: int, targets: Sequence[str])
         raise UserError(f"method.rank={rank}: has to be at least 1")
     inventory = take_inventory(model)
     shapes = {parameter.name: parameter.shape for parameter in inventory.parameters if parameter.is_matrix}
-    known = sorted({operation_of(name).split(".")[-2] for name in shapes})
+    operations = {name: operation_of(name).split(".")[-2] for name in shapes}
+    known = sorted(set(operations.values()))
     for target in targets:
         if target not in known:
             raise UserError(f"method.targets: {target!r} is no operation of this model; it has {', '.join(known)}")
-    chosen = {name: shape for name, shape in shapes.items() if name.split(".")[-2] in targets}
+    chosen = {name: shape for name, shape in shapes.items() if operations[name] in targets}
     return Plan(
         matrices=dict.fromkeys(chosen, kind),
         head=inventory.head,

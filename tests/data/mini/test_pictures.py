@@ -100,18 +100,23 @@ def test_photographs_are_there_and_reduced() -> None:
         assert all(blocks_of(photo.shape, split) for split in ("train", "val", "test"))
 
 
-def test_without_scikit_image_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "package", "library"),
+    [("chelsea", "skimage", "scikit-image"), ("china.jpg", "sklearn", "scikit-learn")],
+)
+def test_without_its_library_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, name: str, package: str, library: str
+) -> None:
     original = builtins.__import__
 
     def without(name: str, *rest: Any, **more: Any) -> Any:
-        if name.split(".")[0] == "skimage":
+        if name.split(".")[0] == package:
             raise ImportError(name)
         return original(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match=r"'chelsea' comes with scikit-image.*pip install 'spt_dist\[mini\]'"):
-        load_photo("chelsea")
-    assert load_photo("china.jpg").shape == (427, 640, 3)
+    with pytest.raises(UserError, match=rf"'{name}' comes with {library}, .*pip install 'spt_dist\[mini\]'"):
+        load_photo(name)
 
 
 def mean_frequency(image_HWC: npt.NDArray[np.uint8]) -> float:

@@ -12,7 +12,9 @@ import spt_dist  # noqa: F401  # isort: skip
 
 import pytest
 import timm
+import timm.data
 import torch
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -70,6 +72,32 @@ def test_timm_loads_the_folder(kind: str, tmp_path: Path) -> None:
     assert not torch.allclose(loaded(images), build()(images), atol=0.01)
     assert loaded.pretrained_cfg["input_size"] == shape
     assert loaded.state_dict().keys() == merged.state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", ["vit", "convolutions"])
+def test_timm_normalises_images_as_the_task_did(kind: str, tmp_path: Path) -> None:
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.65)
+    build, (_, *size) = BUILDS[kind]
+    save_pretrained(make_tuned(build), tmp_path, (mean, std))
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert (tuple(loaded.pretrained_cfg["mean"]), tuple(loaded.pretrained_cfg["std"])) == (mean, std)
+    prepare = timm.data.create_transform(**timm.data.resolve_data_config(model=loaded))
+    grey = (60, 120, 240)
+    image_CHW = prepare(Image.new("RGB", (300, 300), grey))
+    wanted_C = torch.tensor([(grey[i] / 255 - mean[i]) / std[i] for i in range(3)])
+    torch.testing.assert_close(image_CHW, wanted_C.view(3, 1, 1).expand(3, *size))
+    card = re.sub(r"\s+", " ", (tmp_path / "README.md").read_text(encoding="utf-8"))
+    assert "has the mean (0.1 0.2 0.3) and the deviation (0.4 0.5 0.65) that the task was trained with" in card
+    assert "(size, mean, deviation, crop), which may not be the task's" not in card
+
+
+def test_a_normalisation_that_is_not_known_is_timms_and_the_card_warns(tmp_path: Path) -> None:
+    save_pretrained(make_tuned(BUILDS["convolutions"][0]), tmp_path)
+    config = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).pretrained_cfg
+    assert (tuple(config["mean"]), tuple(config["std"])) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "(size, mean, deviation, crop), which may not be the task's" in card
+    assert "was trained with" not in card
 
 
 def test_the_weights_are_a_merged_checkpoint(tmp_path: Path) -> None:

@@ -1,0 +1,2 @@
+# All biases of the backbone.
+method = dict(type="bias")

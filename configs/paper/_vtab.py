@@ -1,0 +1,30 @@
+# VTAB-1k's tasks with the paper's values beside ours: what the suites of Tables 1, 2 and 4 share.
+suite = dict(
+    groups=dict(
+        natural=[
+            "../vtab/cifar.py",
+            "../vtab/caltech101.py",
+            "../vtab/dtd.py",
+            "../vtab/oxford_flowers102.py",
+            "../vtab/oxford_iiit_pet.py",
+            "../vtab/svhn.py",
+            "../vtab/sun397.py",
+        ],
+        specialized=[
+            "../vtab/patch_camelyon.py",
+            "../vtab/eurosat.py",
+            "../vtab/resisc45.py",
+            "../vtab/diabetic_retinopathy.py",
+        ],
+        structured=[
+            "../vtab/clevr_count.py",
+            "../vtab/clevr_dist.py",
+            "../vtab/dmlab.py",
+            "../vtab/kitti.py",
+            "../vtab/dsprites_loc.py",
+            "../vtab/dsprites_ori.py",
+            "../vtab/smallnorb_azi.py",
+            "../vtab/smallnorb_ele.py",
+        ],
+    ),
+)

@@ -1,0 +1,1 @@
+_base_ = ["_table1_fgvc.py", "../_base_/methods/linear.py"]

@@ -1,0 +1,3 @@
+_base_ = ["_table1_vtab.py", "../_base_/methods/lora.py"]
+
+method = dict(rank=16)

@@ -1,0 +1,1 @@
+_base_ = ["_table1_vtab.py", "../_base_/methods/lora.py"]

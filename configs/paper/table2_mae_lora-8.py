@@ -1,0 +1,1 @@
+_base_ = ["_table2_mae.py", "../_base_/methods/lora.py"]

@@ -1,0 +1,3 @@
+_base_ = ["_table2_mocov3.py", "../_base_/methods/adapter.py"]
+
+method = dict(rank=32)

@@ -1,0 +1,1 @@
+_base_ = ["_table2_mocov3.py", "../_base_/methods/adapter.py"]

@@ -1,0 +1,1 @@
+_base_ = ["_table4_convnext-b.py", "../_base_/methods/linear.py"]

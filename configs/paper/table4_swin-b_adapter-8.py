@@ -1,0 +1,1 @@
+_base_ = ["_table4_swin-b.py", "../_base_/methods/adapter.py"]
