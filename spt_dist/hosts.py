@@ -41,8 +41,9 @@ def who_sees(directory: Path) -> list[bool]:
 def rank_zeros_file(path: Path) -> Iterator[Path]:
     """Where this rank can read a file of rank 0's: at its place, or in a copy, on hosts that don't see it. Collective.
 
-    The copy has the same name, and is gone after the block; who has opened it in the block can go on reading. One rank
-    of a host writes it, in the folder for temporary files. Where rank 0 has no such file, nothing is brought.
+    The copy has the same name; who has opened it in the block can go on reading after it. One rank of a host writes it,
+    in the folder for temporary files, and takes it away when all ranks have come to the end of the block. Where rank 0
+    has no such file, nothing is brought.
     """
     said = from_all_ranks(_identity(path))
     if said[0] is None or all(one == said[0] for one in said):

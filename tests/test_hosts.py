@@ -53,6 +53,8 @@ def fetch(folder: str, apart: list[int]) -> tuple[bytes, bool, bool]:
     with rank_zeros_file(path) as local:
         assert local.name == path.name
         opened = local.open("rb")
+    # One rank of a host takes the copy away.
+    from_all_ranks(None)
     with opened:
         return opened.read(), local != path, local != path and local.parent.exists()
 
