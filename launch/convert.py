@@ -24,7 +24,12 @@ python launch/convert.py checkpoints/ViT-B_16.npz
 
 def main() -> None:
     parser = make_parser(__doc__, EXAMPLE)
-    parser.add_argument("source", metavar="IN", type=Path, help="the weights: .safetensors, .pth, .pt, .bin or .npz")
+    parser.add_argument(
+        "source",
+        metavar="IN",
+        type=Path,
+        help="the weights: .safetensors, .pth, .pt, .bin, .npz, or .index.json",
+    )
     parser.add_argument(
         "target", metavar="OUT", nargs="?", type=Path, help="where they go, in the suffix's format; else they are shown"
     )

@@ -12,7 +12,8 @@ class ModelConfig:
         name: timm's name, or "mmseg.EncoderDecoder".
         num_classes: outputs of the head.
         kwargs: further arguments of ``timm.create_model``, or those of mmseg's EncoderDecoder.
-        checkpoint: file of pre-trained weights, or ``package://NAME``; ``None`` for random ones.
+        checkpoint: file of pre-trained weights, list of several (``.index.json``), or ``package://NAME``; ``None`` for
+            random ones.
         sha256: what the file's SHA-256 has to be, or begin with (8 digits at least); ``None`` for whatever it is.
         keep_head: whether the head comes from the checkpoint too, instead of being drawn anew.
         normalize: how the backbone wants images normalised: "imagenet", "inception", "clip", "none", or ``dict(mean=,

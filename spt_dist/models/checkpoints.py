@@ -18,6 +18,7 @@ from spt_dist.models.matching import Match, backbone_of, bare_shapes, match_tens
 from spt_dist.models.matrices import find_heads, in_modules
 from spt_dist.models.sharded import own_rows
 from spt_dist.models.weight_files import open_weights
+from spt_dist.models.weight_lists import files_of
 
 _log = logging.getLogger(__name__)
 PACKAGE_SCHEME = "package://"
@@ -45,7 +46,8 @@ def check_sum(location: str, sha256: str) -> str:
     """Refuse a file that is not the one that is meant. It is read once, in blocks of 1 MiB.
 
     Args:
-        location: a path, or ``package://NAME``.
+        location: a path, or ``package://NAME``. The sum of a list of files is that of the files that it names, one
+            after another in the order of their names.
         sha256: hexadecimal digits that the file's SHA-256 has to begin with, in upper or lower case.
 
     Returns:
@@ -56,9 +58,10 @@ def check_sum(location: str, sha256: str) -> str:
     """
     path = resolve_checkpoint(location)
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_OF_FILE):
-            digest.update(block)
+    for part in files_of(path):
+        with part.open("rb") as file:
+            while block := file.read(_BLOCK_OF_FILE):
+                digest.update(block)
     if not digest.hexdigest().startswith(sha256.lower()):
         raise UserError(
             f"{path}: its SHA-256 is {digest.hexdigest()}, but model.sha256={sha256!r}; get the file anew, or correct "

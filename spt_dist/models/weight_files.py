@@ -16,6 +16,7 @@ from torch import Tensor
 from spt_dist.errors import UserError
 from spt_dist.files import save_tensors, write_atomically
 from spt_dist.models.npz import DTYPES, NPY, NpzWeights
+from spt_dist.models.weight_lists import ListedWeights, is_list
 
 _logger = logging.getLogger(__name__)
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
@@ -52,19 +53,17 @@ class StoredWeights(Protocol):
 def open_weights(path: Path) -> StoredWeights:
     """Open a file of weights; its first bytes tell whose it is, unless it is called ``.safetensors``.
 
+    Args:
+        path: the file, or the list of several (``.index.json``).
+
     Raises:
-        UserError: it is missing, not readable, or lists other files that hold the weights; PyTorch's file holds
-            anything but plain data beside its weights, or no state dict of plain tensors, or is a TorchScript archive;
-            or numpy's holds anything but arrays of numbers.
+        UserError: it is missing or not readable; PyTorch's file holds anything but plain data beside its weights, or no
+            state dict of plain tensors, or is a TorchScript archive; numpy's holds anything but arrays of numbers; or a
+            list and its files do not belong together.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    if path.name.endswith(".index.json"):
-        raise UserError(
-            f"{path}: lists the files (shards) that a model's weights are spread over; join the tensors of all of them "
-            "in one .safetensors file, and give that one"
-        )
-    return _reader_of(path)(path)
+    return ListedWeights(path, open_weights) if is_list(path) else _reader_of(path)(path)
 
 
 def _reader_of(path: Path) -> Callable[[Path], StoredWeights]:

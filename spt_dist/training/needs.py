@@ -22,6 +22,7 @@ from spt_dist.models.classifier import create_model
 from spt_dist.models.matrices import Inventory, take_inventory
 from spt_dist.models.precision import shorten_frozen
 from spt_dist.models.weight_files import open_weights
+from spt_dist.models.weight_lists import files_of
 from spt_dist.parallel.engines.optimizers import optimizer_settings
 from spt_dist.sections import ModelConfig, RunConfig
 from spt_dist.tables import format_table
@@ -250,4 +251,5 @@ def _read_header(config: ModelConfig, model: nn.Module) -> CheckpointHeader | No
     log_account(WeightsFile(location).check(model, config.keep_head))
     file = open_weights(path)
     dtypes = {file.dtype(name) for name in file.names()}
-    return CheckpointHeader(location, path.stat().st_size, tuple(sorted(dtypes)))
+    num_bytes = sum(part.stat().st_size for part in files_of(path))
+    return CheckpointHeader(location, num_bytes, tuple(sorted(dtypes)))

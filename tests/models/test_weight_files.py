@@ -174,15 +174,6 @@ def test_damaged_files_are_told_as_what_they_are(tmp_path: Path) -> None:
         assert f"not a readable {kind} file" in refusal(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
-def test_lists_of_shards(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    path.write_text('{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}')
-    assert "lists the files (shards)" in refusal(path) and "join the tensors of all of them" in refusal(path)
-    path.unlink()
-    assert refusal(path) == f"{path}: no such file"
-
-
 def test_words_for_dtypes(tmp_path: Path) -> None:
     """Safetensors' own for the same tensors are the oracle."""
     dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16)

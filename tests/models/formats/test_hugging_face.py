@@ -79,6 +79,15 @@ def test_the_same_features(tmp_path: Path, kind: str, write: Callable[[Path, str
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_model_in_several_files(tmp_path: Path, kind: str) -> None:
+    make_theirs(kind).save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    model = make_timm(kind)
+    load_backbone(model, str(tmp_path / "model.safetensors.index.json"))
+    torch.testing.assert_close(*features(kind, model), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_hubs_names_are_those_that_transformers_writes(tmp_path: Path, kind: str) -> None:
     """But for what it computes, and for the decoder of MAE, whose names it mixes up."""
     written = load_file(_as_saved(tmp_path, kind))
