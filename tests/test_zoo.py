@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import spt_dist
 from spt_dist.models.checkpoints import load_backbone
+from spt_dist.models.classifier import create_model
 from spt_dist.models.matrices import take_inventory
 from spt_dist.tuning.methods import make_plan
 from tests.models_for_tests import pick
@@ -35,7 +36,10 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "clip, giant": ("vit_giant_patch14_clip_224", PATCH_14),
     "two heads": ("deit_tiny_distilled_patch16_224", VIT),
     "split projections": ("eva02_base_patch14_224", PATCH_14),
-    "functional projections": ("beitv2_base_patch16_224", VIT),
+    "biases beside the projections": ("beitv2_base_patch16_224", VIT),
+    "the same, rotated": ("eva_giant_patch14_224", PATCH_14),
+    "rotated positions": ("vit_small_patch16_dinov3", VIT),
+    "all that a dinov3 can have": ("vit_small_plus_patch16_dinov3_qkvb", VIT),
     "windows": ("swin_tiny_patch4_window7_224", SWIN),
     "shifted windows": ("swin_large_patch4_window7_224", SWIN | {"depths": (2, 2)}),
     "tables from networks": ("swinv2_tiny_window8_256", SWIN | {"img_size": 64, "depths": (2, 2)}),
@@ -45,18 +49,14 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "response norm of channels": ("convnextv2_atto", CONVNEXT | {"conv_mlp": True}),
 }
 # What has no scores, and why.
-USED_BY_PARENT = "its weight is used without calling the layer"
 LEFT_OUT: dict[str, dict[str, str]] = {
     "pooled by attention": {"attn_pool.latent": "passes through attn_pool.q before it meets the samples"},
-    "functional projections": {f"blocks.{block}.attn.qkv.weight": USED_BY_PARENT for block in range(2)},
-    "tables from networks": {
-        f"layers.{stage}.blocks.{block}.attn.qkv.weight": USED_BY_PARENT for stage in range(2) for block in range(2)
-    },
 }
 # These read something else than the samples, once for all of them, which only one sample at a time can be scored with.
 ALONE = ("tables from networks",)
-# timm's query is expanded, and torch multiplies such tensors by another kernel.
-ROUNDED = ("pooled by attention",)
+# timm's query is expanded, and torch multiplies such tensors by another kernel; or biases are added later.
+APART = ("biases beside the projections", "the same, rotated", "all that a dinov3 can have", "tables from networks")
+ROUNDED = ("pooled by attention", *APART)
 
 
 def make_model(kind: str) -> tuple[nn.Module, torch.Tensor]:
@@ -141,14 +141,53 @@ def test_only_the_head_of_a_file_is_left_out(tmp_path: Path) -> None:
         load_backbone(model, str(tmp_path / "part.safetensors"))
 
 
+@pytest.mark.parametrize("kind", APART)
+def test_projections_are_called_where_it_matters(kind: str) -> None:
+    """timm applies their weights itself otherwise: a module in the layer's place would never run."""
+    model, images = make_model(kind)
+    attentions = [module for module in model.modules() if hasattr(module, "qkv_bias_separate")]
+    called: list[nn.Module] = []
+    for attention in attentions:
+        attention.get_submodule("qkv").register_forward_hook(lambda layer, *_: called.append(layer))
+    before = model(images)
+    batch = (images[:1], torch.tensor([0]))
+    assert not called
+    spt_dist.estimate_sensitivity(model, [batch], F.cross_entropy)
+    assert len(called) == len(attentions) > 1 and not any(each.qkv_bias_separate for each in attentions)
+    assert torch.equal(model(images), before)
+    name, kwargs = ZOO[kind]
+    built = create_model(name, 5, kwargs, torch.device("cpu"))
+    assert [each.qkv_bias_separate for each in built.modules() if hasattr(each, "qkv_bias_separate")] == [True] * len(
+        attentions
+    )
+    tuned = spt_dist.inject(model, make_plan("lora", model, targets=["q", "v"]))
+    F.cross_entropy(tuned(batch[0]), batch[1]).backward()
+    assert all(parameter.grad is not None for _, parameter in spt_dist.trainable_parameters(tuned))
+
+
+class Attention(nn.Module):
+    """Reads the weight of its layer without a switch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(4, 12, bias=False), nn.Linear(12, 4)
+        self.q_bias = nn.Parameter(torch.zeros(12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.proj(F.linear(x, self.qkv.weight, self.q_bias))
+        return x
+
+
 def test_weights_that_are_read_past_their_layer_are_not_tuned() -> None:
-    """timm's BEiT applies ``qkv.weight`` itself: a module in the layer's place would never run."""
-    torch.manual_seed(0)
-    model = timm.create_model("beit_base_patch16_224", num_classes=5, **VIT)
+    model = nn.Sequential(nn.Linear(4, 4), Attention())
+    batch = torch.randn(2, 4), torch.tensor([0, 1])
+    why = {"1.qkv.weight": "its weight is used without calling the layer"}
+    assert take_inventory(model).skipped == why
+    assert spt_dist.estimate_sensitivity(model, [batch], F.cross_entropy).info.skipped == why
     with pytest.raises(spt_dist.UserError, match="'q' is no operation of this model"):
         make_plan("lora", model)
-    tuned = spt_dist.inject(model, make_plan("lora", model, targets=["proj", "fc1"]))
-    F.cross_entropy(tuned(torch.randn(2, 3, 32, 32)), torch.tensor([0, 1])).backward()
+    tuned = spt_dist.inject(model, make_plan("lora", model, targets=["proj"]))
+    F.cross_entropy(tuned(batch[0]), batch[1]).backward()
     assert all(parameter.grad is not None for _, parameter in spt_dist.trainable_parameters(tuned))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from spt_dist.errors import UserError
 from spt_dist.models.checkpoints import load_backbone
 from spt_dist.models.matrices import find_heads
+from spt_dist.models.projections import call_projections
 from spt_dist.models.sharded import fill
 
 SEGMENTOR = "mmseg.EncoderDecoder"
@@ -65,10 +66,12 @@ def create_model(
     with torch.random.fork_rng(devices=[]), device:
         torch.manual_seed(seed)
         try:
-            return timm.create_model(name, num_classes=num_classes, **(kwargs or {}))
+            model = timm.create_model(name, num_classes=num_classes, **(kwargs or {}))
         # timm checks its arguments with whatever is at hand: assertions, and torch's own errors.
         except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
             raise UserError(f"model.kwargs={kwargs!r}: {error}") from error
+    call_projections(model)
+    return model
 
 
 def _create_segmentor(num_classes: int, settings: dict[str, Any], device: torch.device, seed: int) -> nn.Module:

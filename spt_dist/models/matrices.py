@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from spt_dist.errors import UserError
 from spt_dist.models.layers import is_linear, matrix_kind
+from spt_dist.models.projections import is_passed_by
 from spt_dist.models.sharded import whole_shape
 from spt_dist.tables import format_table
 
@@ -153,7 +154,6 @@ def take_inventory(model: nn.Module) -> Inventory:
             if parameter_name == "cls_token":
                 always_tuned.append(name)
             if is_linear(module) and _used_by_parent(model, module_name):
-                # timm's BEiT and EVA read the weight and leave the module uncalled.
                 skipped[name] = "its weight is used without calling the layer"
             else:
                 parameters += _split(module_name, module, parameter_name, shapes[name])
@@ -202,9 +202,7 @@ def own_name_of(name: str) -> str:
 
 
 def _used_by_parent(model: nn.Module, module_name: str) -> bool:
-    if own_name_of(module_name) != "qkv":
-        return False
-    return getattr(model.get_submodule(parent_of(module_name)), "q_bias", None) is not None
+    return own_name_of(module_name) == "qkv" and is_passed_by(model.get_submodule(parent_of(module_name)))
 
 
 def _split(

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from spt_dist.errors import UserError
 from spt_dist.models.matrices import Inventory, LogicalParameter
+from spt_dist.models.projections import projections_called
 from spt_dist.models.sharded import is_sharded, whole_shape
 from spt_dist.sensitivity.agreement import exchange
 from spt_dist.sensitivity.buffers import Buffer, Unit, make_buffer
@@ -88,7 +89,7 @@ class ScoringPass:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Hooks on the model for the length of the block."""
-        with self._taps.attached(), self._direct.attached():
+        with projections_called(self.model), self._taps.attached(), self._direct.attached():
             yield
 
     def add(self, inputs: Any, targets: Any, counts: bool = True) -> None:

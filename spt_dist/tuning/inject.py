@@ -14,6 +14,7 @@ from spt_dist.errors import UserError
 from spt_dist.models.fingerprint import fingerprint
 from spt_dist.models.layers import matrix_kind
 from spt_dist.models.matrices import LogicalParameter, head_buffers, own_name_of, parent_of, take_inventory
+from spt_dist.models.projections import call_projections
 from spt_dist.models.sharded import whole_shape, whole_value
 from spt_dist.tables import format_table
 from spt_dist.tuning.convolutions import TunedConv2d
@@ -116,7 +117,8 @@ def install(model: nn.Module, plan: Plan, modules: dict[str, nn.Module], backbon
 
 
 def place_modules(model: nn.Module, modules: dict[str, nn.Module]) -> None:
-    """Put what ``make_modules`` made into its places, in place."""
+    """Put what ``make_modules`` made into its places, in place, and see that all of them will be called."""
+    call_projections(model)
     for name, module in modules.items():
         if isinstance(module, EntryDelta):
             tune_entries(model.get_submodule(parent_of(name)), own_name_of(name), module)

@@ -282,6 +282,8 @@ def test_plans_out_of_files(tmp_path: Path) -> None:
 
 
 def test_unknown_lora_targets_are_refused() -> None:
+    with pytest.raises(UserError, match="'q' is no operation of this model; it has none with a name"):
+        make_plan("lora", nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
     with pytest.raises(UserError, match="'query' is no operation of this model; it has fc1, fc2, k, proj, q, v"):
         make_plan("lora", make_vit(), targets=["query"])
 

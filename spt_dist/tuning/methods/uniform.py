@@ -6,7 +6,7 @@ from torch import nn
 
 from spt_dist.allocation.plan import Plan
 from spt_dist.errors import UserError
-from spt_dist.models.matrices import operation_of, take_inventory
+from spt_dist.models.matrices import operation_of, own_name_of, parent_of, take_inventory
 
 
 def plan_uniform(model: nn.Module, kind: str, rank: int, targets: Sequence[str]) -> Plan:
@@ -26,11 +26,12 @@ def plan_uniform(model: nn.Module, kind: str, rank: int, targets: Sequence[str])
         raise UserError(f"method.rank={rank}: has to be at least 1")
     inventory = take_inventory(model)
     shapes = {parameter.name: parameter.shape for parameter in inventory.parameters if parameter.is_matrix}
-    operations = {name: operation_of(name).split(".")[-2] for name in shapes}
-    known = sorted(set(operations.values()))
+    operations = {name: own_name_of(operation_of(parent_of(name))) for name in shapes}
+    known = sorted(filter(None, set(operations.values())))
     for target in targets:
         if target not in known:
-            raise UserError(f"method.targets: {target!r} is no operation of this model; it has {', '.join(known)}")
+            has = ", ".join(known) or "none with a name"
+            raise UserError(f"method.targets: {target!r} is no operation of this model; it has {has}")
     chosen = {name: shape for name, shape in shapes.items() if operations[name] in targets}
     return Plan(
         matrices=dict.fromkeys(chosen, kind),
