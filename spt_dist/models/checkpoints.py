@@ -132,11 +132,14 @@ class WeightsFile:
         """One whole tensor, on the CPU, by the name that the model of ``check`` has for it.
 
         Raises:
-            UserError: it holds NaN or infinity.
+            UserError: it holds NaN or infinity, or what the model has no place for.
         """
         source = self._match.sources[name]
         tensors = [self._file.read(own_name) for own_name in source.names]
-        tensor = tensors[0] if source.make is None else source.make(*tensors)
+        try:
+            tensor = tensors[0] if source.make is None else source.make(*tensors)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from error
         assert tuple(tensor.shape) == source.shape, f"{name} is made of {source.names}"
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{self.path}: {source.names[0]} holds NaN or infinity; get the file anew")

@@ -5,8 +5,10 @@ from collections.abc import Iterable, Mapping
 from spt_dist.models.formats import (
     convnext,
     dinov2,
+    dinov3,
     hugging_face_clip,
     hugging_face_convnext,
+    hugging_face_dinov3,
     hugging_face_swin,
     hugging_face_vit,
     jax_vit,
@@ -24,8 +26,9 @@ from spt_dist.models.matrices import logical_name
 from spt_dist.models.weight_files import StoredWeights
 
 # Swin's patch embedding has ViT's name in Hugging Face's files; everything is in timm's.
-_HUGGING_FACE = (hugging_face_clip, hugging_face_convnext, hugging_face_swin, hugging_face_vit)
-_FORMATS = (mmseg, jax_vit, mae, moco, dinov2, swin, convnext, open_clip, timm_tower, *_HUGGING_FACE, timm_names)
+_HUGGING_FACE = (hugging_face_clip, hugging_face_convnext, hugging_face_swin, hugging_face_dinov3, hugging_face_vit)
+_OWN = (jax_vit, mae, moco, dinov2, dinov3, swin, convnext, open_clip)
+_FORMATS = (mmseg, *_OWN, timm_tower, *_HUGGING_FACE, timm_names)
 # Before the names of every tensor: DistributedDataParallel, Lightning.
 _WRAPPERS = ("module.", "model.")
 

@@ -69,6 +69,7 @@ class Kind:
         has_head: whether the classifier is timm's.
         buffers: of each block, on the hub alone.
         shuffled: whether it computes the patches in a random order.
+        tolerance: of its features; DINOv3's rotations are computed in float32.
     """
 
     theirs: str
@@ -83,6 +84,7 @@ class Kind:
     has_head: bool = True
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     shuffled: bool = False
+    tolerance: float = 1e-9
 
 
 def _vit(theirs: str, config: str, options: dict[str, Any], name: str = "vit_base_patch16_224", **rest: Any) -> Kind:
@@ -104,6 +106,23 @@ def _dinov2(registers: bool, giant: bool) -> Kind:
         rules=OF_DINOV2,
         left={"embeddings.mask_token": MASKED},
         has_head=False,
+    )
+
+
+def _dinov3(plus: bool) -> Kind:
+    """With gates, and biases of query and value, or without."""
+    options = VIT | {"num_register_tokens": 4, "layer_norm_eps": 1e-5, "query_bias": plus, "value_bias": plus}
+    return Kind(
+        "DINOv3ViTModel",
+        "DINOv3ViTConfig",
+        options | {"use_gated_mlp": plus, "intermediate_size": 96, "hidden_act": "silu" if plus else "gelu"},
+        f"vit_small_{'plus_' if plus else ''}patch16_dinov3{'_qkvb' if plus else ''}",
+        VIT_OF_TIMM,
+        "Hugging Face's DINOv3",
+        rules={r"^model\.": ""},
+        left={"embeddings.mask_token": MASKED},
+        has_head=False,
+        tolerance=1e-6,
     )
 
 
@@ -180,6 +199,8 @@ KINDS = {
         left={"dinov2_with_registers.embeddings.mask_token": MASKED, "classifier.": WIDE_HEAD},
         has_head=False,
     ),
+    "DINOv3": _dinov3(plus=False),
+    "DINOv3 plus": _dinov3(plus=True),
     "Swin": _swin("SwinForImageClassification", "swin_tiny_patch4_window7_224", "swin."),
     "Swin of SimMIM": _swin(
         "SwinForMaskedImageModeling",
@@ -222,9 +243,9 @@ def of_hub(kind: str) -> dict[str, Tensor]:
     case, found = KINDS[kind], {}
     state = make_theirs(kind).state_dict()
     for name, value in state.items():
-        if "up_proj" in name:
+        if "up_proj" in name and case.rules is OF_DINOV2:
             continue
-        if "gate_proj" in name:
+        if "gate_proj" in name and case.rules is OF_DINOV2:
             value = torch.cat([value, state[name.replace("gate_proj", "up_proj")]])
             name = name.replace("gate_proj", "weights_in")
         for pattern, new in case.rules.items():
