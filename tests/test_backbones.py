@@ -55,6 +55,7 @@ FAMILIES = {
     "split q, k, v": Family(
         "eva02_tiny_patch14_224", {"img_size": 28, "embed_dim": 32, "depth": 2, "num_heads": 2, "qkv_fused": False}
     ),
+    "DINOv3 with rotations, gates and biases": Family("vit_small_plus_patch16_dinov3_qkvb", VIT),
     "Swin": Family("swin_base_patch4_window7_224", SWIN),
     "Swin with adapters": Family("swin_base_patch4_window7_224", SWIN, "adapter"),
     "ConvNeXt": Family("convnext_base", CONVNEXT),

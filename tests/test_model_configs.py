@@ -1,5 +1,6 @@
 """The backbones' configs against timm's own entries for the same weights, and what docs/backbones.md says of them."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,10 @@ ENTRIES = {
     "dinov2_vit-b14_reg": "vit_base_patch14_reg4_dinov2.lvd142m",
     "dinov2_vit-l14_reg": "vit_large_patch14_reg4_dinov2.lvd142m",
     "dinov2_vit-g14_reg": "vit_giant_patch14_reg4_dinov2.lvd142m",
+    "dinov3_vit-s16": "vit_small_patch16_dinov3.lvd1689m",
+    "dinov3_vit-b16": "vit_base_patch16_dinov3.lvd1689m",
+    "dinov3_vit-l16": "vit_large_patch16_dinov3.lvd1689m",
+    "dinov3_vit-h16plus": "vit_huge_plus_patch16_dinov3.lvd1689m",
     "clip_vit-b16_laion2b": "vit_base_patch16_clip_224.laion2b",
     "clip_vit-l14_laion2b": "vit_large_patch14_clip_224.laion2b",
     "clip_vit-g14_laion2b": "vit_giant_patch14_clip_224.laion2b",
@@ -81,10 +86,12 @@ def test_it_is_what_timm_says_of_the_same_weights(name: str) -> None:
     assert config.normalize is not None
     normalisation = read_normalisation("model.normalize", config.normalize)
     assert (normalisation.mean, normalisation.std) == (tuple(entry.mean), tuple(entry.std))
-    # DINOv2's files are for 518; everything else sees what it was trained with.
-    is_dino = name.startswith("dinov2")
-    assert entry.input_size == (3, 518, 518) if is_dino else (3, 224, 224)
-    assert config.kwargs == {"drop_path_rate": 0.1, **({"img_size": 224} if is_dino else {})}
+    # DINOv2's files are for 518, and timm has 256 for DINOv3's; everything else sees what it was trained with.
+    kind = name.partition("_")[0]
+    size = {"dinov2": 518, "dinov3": 256}.get(kind, 224)
+    assert entry.input_size == (3, size, size)
+    own = {"dinov2": {"img_size": 224}, "dinov3": {"img_size": 224, "global_pool": "token"}}.get(kind, {})
+    assert config.kwargs == {"drop_path_rate": 0.1, **own}
     assert config.checkpoint is not None
     assert config.checkpoint.startswith("checkpoints/")
     if ENTRIES[name] and entry.url:
@@ -103,7 +110,10 @@ def test_head_and_pooling_are_the_paper_s(name: str) -> None:
         assert model.global_pool == "token"
         assert isinstance(model.norm, nn.LayerNorm)
         assert isinstance(model.fc_norm, nn.Identity)
-        assert model.pos_embed.shape[1] == (model.patch_embed.num_patches + ("_reg" not in name))
+        if name.startswith("dinov3"):
+            assert model.pos_embed is None and model.reg_token.shape[1] == 4
+        else:
+            assert model.pos_embed.shape[1] == (model.patch_embed.num_patches + ("_reg" not in name))
         assert model.patch_embed.grid_size == ((16, 16) if "14" in name else (14, 14))
         assert model.blocks[-1].drop_path2.drop_prob == pytest.approx(0.1)
     else:
@@ -114,17 +124,19 @@ def test_head_and_pooling_are_the_paper_s(name: str) -> None:
 def plain_size(name: str) -> int:
     """Weights of a plain ViT, by hand."""
     patch, width, depth, hidden = PLAIN[name.removesuffix("_reg").partition("-")[2].split("_")[0]]
-    is_clip, is_dino = name.startswith("clip"), name.startswith("dinov2")
-    registers = 4 if name.endswith("_reg") else 0
+    is_clip, is_dino = name.startswith("clip"), name.startswith("dino")
+    registers = 4 if name.endswith("_reg") or name.startswith("dinov3") else 0
     # With registers the class token has no place of its own; CLIP has no bias there, but a norm in front.
-    places = (224 // patch) ** 2 + (registers == 0)
+    places = 0 if name.startswith("dinov3") else (224 // patch) ** 2 + (registers == 0)
     stem = 3 * patch**2 * width + width * (2 if is_clip else 1) + (1 + registers + places) * width
     block = 4 * width**2 + 4 * width + 2 * width * hidden + hidden + width + 4 * width
+    # DINOv3 has no biases of query, key and value.
+    block -= 3 * width * name.startswith("dinov3")
     # Layer scales.
     return stem + depth * (block + 2 * width * is_dino) + 2 * width
 
 
-@pytest.mark.parametrize("name", [name for name in ENTRIES if ("vit-" in name or "deit" in name) and "g14" not in name])
+@pytest.mark.parametrize("name", [name for name in ENTRIES if re.search(r"vit-[sblh]\d\d(?!plus)|deit", name)])
 def test_weights_of_plain_vits_by_hand(name: str) -> None:
     assert take_inventory(on_meta(name)).backbone_size == plain_size(name)
 
@@ -159,12 +171,17 @@ def test_the_giants_by_hand() -> None:
     block = 4 * width**2 + 4 * width + 3 * width * hidden + 2 * hidden + width + 4 * width + 2 * width
     stem = 3 * 14**2 * width + width + (1 + 257) * width
     assert take_inventory(on_meta("dinov2_vit-g14")).backbone_size == stem + depth * block + 2 * width
+    # Two thirds of six times the width; gate and values each have a layer.
+    width, hidden, depth = 1280, 5120, 32
+    block = 4 * width**2 + width + 3 * width * hidden + 2 * hidden + width + 4 * width + 2 * width
+    stem = 3 * 16**2 * width + width + (1 + 4) * width
+    assert take_inventory(on_meta("dinov3_vit-h16plus")).backbone_size == stem + depth * block + 2 * width
 
 
 def test_a_checksum_is_the_one_in_the_file_s_name() -> None:
     """Nothing else has one: none is made up."""
     found = {name: read_model(name) for name in ENTRIES if read_model(name).sha256 is not None}
-    assert set(found) == {"deit-b16"}
+    assert set(found) == {"deit-b16", *(name for name in ENTRIES if name.startswith("dinov3"))}
     for config in found.values():
         assert Path(str(config.checkpoint)).stem.endswith(f"-{config.sha256}")
 
