@@ -18,17 +18,19 @@ ON_BOTH = ("--nodes=2", "--ntasks-per-node=1")
 # SLURM refuses a job that is released in the second in which it was put back.
 SECONDS_BEFORE_RELEASE = 3.0
 # What `python` is in these jobs: a rank that does, at the job's start number N, what WORK_DIR/order-N says; until then
-# it runs, and saves a checkpoint when it is asked to stop.
+# it runs, and saves a checkpoint when it is asked to stop. SLURM signals all processes of a step: a command that reads or
+# saves would be killed by what the rank outlives, so bash does it by itself.
 STAND_IN = """#!/usr/bin/env bash
 [[ $3 == --member ]] && name=/$4 || name=
 while [ "$1" != --work-dir ]; do shift; done
 work_dir=$2$name start=${SLURM_RESTART_COUNT:-0} stop=
-mkdir -p "$work_dir"
+mkdir -p "$work_dir/checkpoints"
 trap 'stop=1' TERM USR1
-save() { mkdir -p "$work_dir/checkpoints"; echo "$start" >"$work_dir/checkpoints/latest"; }
+save() { echo "$start" >"$work_dir/checkpoints/latest"; }
 : >"$work_dir/running-$start-$SLURM_PROCID"
 while :; do
-    order=$(cat "$work_dir/order-$start" 2>/dev/null)
+    order=
+    [ ! -e "$work_dir/order-$start" ] || read -r order <"$work_dir/order-$start"
     case $order in
         "end "*) echo "error: ends with ${order#end }"; exit "${order#end }" ;;
         "save, end "*) save; exit "${order#save, end }" ;;
