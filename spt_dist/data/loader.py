@@ -152,7 +152,7 @@ def _read_parts(
         pin_memory=pin_memory,
     )
     try:
-        yield from loader
+        yield from _start(loader)
     except UserError as error:
         # torch raises a worker's error again with the worker's traceback as its text.
         for kind in (BadSampleError, UserError):
@@ -261,6 +261,15 @@ def _stacked(values: list[Any]) -> Tensor | list[Any]:
 def _keep(places: list[int], items: list[Item | BadSampleError], dataset: AnySet) -> list[Item | BadSampleError]:
     """The samples as they are."""
     return items
+
+
+def _start(loader: "DataLoader[Any]") -> Iterator[Any]:
+    """What a loader reads; its workers are deaf to signals from their first moment, in which torch lets them die."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OUTLIVED)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _outlive_signals(worker: int) -> None:
