@@ -251,8 +251,8 @@ class Cluster:
 class Slurm(Cluster):
     """Those hosts with a SLURM controller on head, and n1 and n2 as nodes of 4 CPUs and 2 GPUs that aren't there.
 
-    Partitions: "main"; "low", whose jobs "high" preempts and requeues; "lowc", whose jobs it cancels. With a job's
-    ``--signal=B:USR1@..`` preemption sends that signal first, see ``no_notice``.
+    Partitions: "main"; "low", whose jobs "high" preempts and requeues; "lowc" and "hasty", whose jobs it cancels, the
+    latter's soon. With a job's ``--signal=B:USR1@..`` preemption sends that signal first, see ``no_notice``.
 
     Args:
         hosts: that are up.

@@ -64,10 +64,12 @@ SlurmctldPort=6817
 SlurmdPort=6818
 NodeName=n1 NodeAddr=10.77.0.11 CPUs=4 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
 NodeName=n2 NodeAddr=10.77.0.12 CPUs=4 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
-# "high" preempts the two "low", which get ten seconds: one is requeued, the other cancelled.
+# "high" preempts the others: jobs of "low" are requeued, those of "lowc" cancelled, both with time to end by themselves;
+# those of "hasty" are cancelled after ten seconds.
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=5 PreemptMode=OFF
-PartitionName=low Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=10
-PartitionName=lowc Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=CANCEL GraceTime=10
+PartitionName=low Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=90
+PartitionName=lowc Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=CANCEL GraceTime=90
+PartitionName=hasty Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=CANCEL GraceTime=10
 PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=9 PreemptMode=OFF
 CONF
 echo "CgroupPlugin=autodetect" >"$dir/cgroup.conf"

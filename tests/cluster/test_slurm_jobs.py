@@ -14,6 +14,8 @@ from tests.launch.runs import write_config
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SCRIPTS = ROOT / "launch" / "slurm"
+# Of the partitions "low" and "lowc", see slurm_up.sh: more than a machine that is busy needs to end a job and start one.
+GRACE_SECONDS = 90
 ON_BOTH = ("--nodes=2", "--ntasks-per-node=1")
 # SLURM refuses a job that is released in the second in which it was put back.
 SECONDS_BEFORE_RELEASE = 3.0
@@ -174,9 +176,12 @@ def test_a_job_from_inside_another_is_itself(slurm: Slurm, folder: Path) -> None
 
 def test_a_limit_that_leaves_no_time_ends_it(slurm: Slurm, folder: Path) -> None:
     """The notice comes with the start, and would at each start."""
-    job = Job(slurm, folder, ["--time=2"])
+    job = Job(slurm, folder, ["--time=30"])
     job.order("stop without saving")
-    ended = job.end()
+    job.wait_for_ranks()
+    # Not from the first: SLURM looks every half minute, and ranks that it finds just being started die of the signal.
+    slurm.run("head", ["scontrol", "update", f"JobId={job.id}", "TimeLimit=2"]).check()
+    ended = job.end(120)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "75:0", "0")
     assert "the time limit came before a checkpoint" in job.log
 
@@ -214,7 +219,7 @@ def test_a_cancelled_job_ends(slurm: Slurm, folder: Path) -> None:
     job = Job(slurm, folder)
     job.wait_for_ranks()
     slurm.run("head", ["scancel", str(job.id)]).check()
-    ended = job.end(20)
+    ended = job.end()
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
     assert (job.work_dir / "checkpoints" / "latest").is_file(), "the ranks had the time for a checkpoint"
     time.sleep(2)
@@ -225,7 +230,7 @@ def test_a_cancelled_job_ends(slurm: Slurm, folder: Path) -> None:
 
 def start_taking_nodes(slurm: Slurm) -> RunningCommand:
     """Start a job on both nodes that preempts what is there."""
-    return slurm.start("head", ["srun", "--partition=high", "--nodes=2", "--exclusive", "true"], timeout=60)
+    return slurm.start("head", ["srun", "--partition=high", "--nodes=2", "--exclusive", "true"], timeout=180)
 
 
 def take_nodes(slurm: Slurm) -> None:
@@ -247,8 +252,8 @@ def test_a_preempted_job_goes_on(slurm: Slurm, folder: Path, partition: str, sen
         job.wait_for_ranks()
         started = time.monotonic()
         take_nodes(slurm)
-        # Not after the grace time of 10 s: the nodes are free once the ranks have ended.
-        assert time.monotonic() - started < 10
+        # Not after the grace time: the nodes are free once the ranks have ended.
+        assert time.monotonic() - started < GRACE_SECONDS
         job.order("end 0", start=1)
         job.restart()
         ended = job.end()
@@ -259,7 +264,7 @@ def test_a_preempted_job_goes_on(slurm: Slurm, folder: Path, partition: str, sen
 def test_ranks_that_outlive_the_grace_time_go_on_too(slurm: Slurm, folder: Path) -> None:
     """Where SLURM would cancel the job, and has begun to."""
     with slurm.no_notice():
-        job = Job(slurm, folder, ["--exclusive", "--partition=lowc"])
+        job = Job(slurm, folder, ["--exclusive", "--partition=hasty"])
         job.order("stop slowly")
         job.wait_for_ranks()
         take_nodes(slurm)
@@ -279,7 +284,7 @@ def test_a_job_that_is_cancelled_in_its_grace_time_ends(slurm: Slurm, folder: Pa
         # SLURM's times are whole seconds, and a job that ends in that of its preemption counts as preempted.
         time.sleep(1.5)
         slurm.run("head", ["scancel", str(job.id)]).check()
-        ended = job.end(20)
+        ended = job.end()
         high.wait().check()
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
 
