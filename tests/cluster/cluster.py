@@ -15,7 +15,7 @@ from tests.launch.processes import ROOT, ScriptResult, clean_environment, enviro
 HERE = Path(__file__).parent
 HOSTS = ("head", "n1", "n2")
 CANT = 77
-SECONDS_TO_END = 15.0
+SECONDS_TO_END = 60.0
 # What stays when the rest is cleared.
 _DAEMONS = ("slurmctld", "slurmscriptd", "slurmd", "munged")
 _LISTENER = "[listener]"
@@ -106,7 +106,7 @@ class Cluster:
         """Take down everything."""
         os.close(self._held)
         os.close(self._lifeline)
-        subprocess.run([HERE / "hosts_down.sh"], env=clean_environment() | self.variables, check=True, timeout=60)
+        subprocess.run([HERE / "hosts_down.sh"], env=clean_environment() | self.variables, check=True, timeout=120)
 
     def hostfile(self, slots: int = 1) -> Path:
         """A hostfile of n1 and n2 with so many processes each, as deepspeed and Open MPI read it."""
@@ -234,7 +234,7 @@ class Cluster:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=120,
+            timeout=300,
             pass_fds=[self._lifeline],
         )
         if done.returncode == CANT:

@@ -14,7 +14,7 @@ rm -f "$run/hosts/$name".*
 setsid unshare --net --uts --mount --pid --ipc --fork --kill-child --mount-proc \
     "$run/init" "$name" "$run" </dev/null >"$run/log/$name.init.log" 2>&1 &
 outside=$!
-for _ in $(seq 200); do [ -e "$run/hosts/$name.up" ] && break; sleep 0.05; done
+for _ in $(seq 1200); do [ -e "$run/hosts/$name.up" ] && break; sleep 0.05; done
 [ -e "$run/hosts/$name.up" ] || die "$name: $(cat "$run/log/$name.init.log")"
 inside=$(ps -o pid= --ppid $outside | head -1 | tr -d ' ')
 [ -n "$inside" ] || die "$name: its process 1 can't be found"
@@ -26,8 +26,9 @@ if [ "$name" = head ]; then
 else
     head=$(cut -d' ' -f1 "$run/hosts/head.pid")
     address=$(awk -v name="$name" '$2 == name {print $1}' "$run/etc_hosts")
-    # With a host that was killed its pair of links goes, though not at once.
-    for _ in $(seq 100); do "$run/in" head ip link show "v-$name" >/dev/null 2>&1 || break; sleep 0.05; done
+    # With a host that was killed its pair of links goes, though not at once: the kernel clears name spaces away when it
+    # has nothing else to do.
+    for _ in $(seq 600); do "$run/in" head ip link show "v-$name" >/dev/null 2>&1 || break; sleep 0.05; done
     # A host that comes back has the hardware address that the others remember.
     ip link add name "v-$name" netns "$head" type veth \
         peer name eth0 netns "$inside" address "02:00:00:00:00:${address##*.}"
@@ -36,7 +37,7 @@ else
 fi
 "$run/in" "$name" /usr/sbin/sshd -f "$run/ssh/sshd_config" -E "$run/log/$name.sshd.log" ||
     die "$name: sshd: $(cat "$run/log/$name.sshd.log")"
-for _ in $(seq 50); do
+for _ in $(seq 300); do
     [ "$("$run/in" head ssh "$name" hostname 2>"$run/log/ssh.log")" = "$name" ] && exit
     sleep 0.1
 done

@@ -24,7 +24,7 @@ first_processes() {
     grep -lzxFf <(printf '%s\n' "$run/init") /proc/[0-9]*/cmdline 2>/dev/null | cut -d/ -f3
 }
 
-for _ in $(seq 100); do
+for _ in $(seq 600); do
     left=$(first_processes | sort -u)
     [ -n "$left" ] || break
     # shellcheck disable=SC2086  # one argument a process

@@ -58,7 +58,8 @@ SlurmctldTimeout=10
 SlurmdTimeout=20
 InactiveLimit=0
 MinJobAge=3600
-UnkillableStepTimeout=15
+# Has to be above five times MessageTimeout, which is ten seconds: else a node may be drained whose controller was cut off.
+UnkillableStepTimeout=180
 GresTypes=gpu
 SlurmctldPort=6817
 SlurmdPort=6818
@@ -92,10 +93,10 @@ for name in n1 n2; do
     "$run/in" $name slurmd -N $name </dev/null >"$dir/log/slurmd.$name.out" 2>&1 ||
         die "slurmd: $(cat "$dir/log/slurmd.$name.out")"
 done
-for _ in $(seq 150); do
+for _ in $(seq 600); do
     idle=$("$run/in" head sinfo -h -N -p main -t idle -o %N 2>/dev/null | sort -u | wc -l)
     [ "$idle" = 2 ] && break
     sleep 0.1
 done
 [ "$idle" = 2 ] || die "nodes are not idle: $("$run/in" head sinfo -N -l 2>&1)"
-"$run/in" head timeout 20 srun -Q -p main -N2 --ntasks-per-node=1 true || die "srun does not run"
+"$run/in" head timeout 60 srun -Q -p main -N2 --ntasks-per-node=1 true || die "srun does not run"
