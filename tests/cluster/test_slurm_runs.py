@@ -1,18 +1,18 @@
 """Real runs as SLURM jobs: submitted, preempted, killed and put back; job arrays; the other scripts' jobs."""
 
-import contextlib
 import json
 import os
 import re
 import signal
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.cluster import Slurm
 from tests.cluster.test_slurm_jobs import SCRIPTS, release, start_taking_nodes
-from tests.launch.processes import ScriptResult, run_script
+from tests.launch.processes import ScriptResult, run_script, standing_still
 from tests.launch.runs import (
     STEPS_PER_EPOCH,
     assert_same_task,
@@ -68,22 +68,12 @@ def job_of(submitted: ScriptResult, label: str = "job") -> int:
 
 def wait_for_step(slurm: Slurm, job_id: int, work_dir: Path, step: int) -> None:
     """Wait until a checkpoint after ``step`` steps is there."""
-    slurm.wait_until(job_id, lambda job: latest_step(work_dir) >= step or job["JobState"] not in ("PENDING", "RUNNING"))
+    slurm.wait_until(job_id, lambda job: job["JobState"] != "PENDING")
+    # Without a word to SLURM, which takes as long as many steps.
+    end = time.monotonic() + 120
+    while latest_step(work_dir) < step and time.monotonic() < end:
+        time.sleep(0.01)
     assert slurm.state_of(job_id) == "RUNNING", slurm.log(slurm.job(job_id))
-
-
-@contextlib.contextmanager
-def standing_still(slurm: Slurm, work_dir: Path) -> Iterator[None]:
-    """For the length of the block, the ranks do nothing, however fast the machine is."""
-    ranks = [pid for host in ("n1", "n2") for pid in slurm.ranks(host, work_dir)]
-    assert len(ranks) == 2
-    for pid in ranks:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in ranks:
-            os.kill(pid, signal.SIGCONT)
 
 
 def go_on(slurm: Slurm, job_id: int) -> dict[str, str]:
@@ -111,7 +101,9 @@ def test_a_preempted_run_is_the_uninterrupted_one(
     job_id = job_of(submitted)
     assert f"sbatch --parsable '{work_dir}/slurm/train.sbatch'" in submitted.stdout
     wait_for_step(slurm, job_id, work_dir, STEPS_PER_EPOCH)
-    with standing_still(slurm, work_dir):
+    ranks = [pid for host in ("n1", "n2") for pid in slurm.ranks(host, work_dir)]
+    assert len(ranks) == 2
+    with standing_still(ranks):
         taken = start_taking_nodes(slurm)
         slurm.wait_until(job_id, lambda job: "asked to stop" in slurm.log(job), timeout=30)
     taken.wait().check()

@@ -159,6 +159,22 @@ def wait_until(condition: Callable[[], bool], timeout: float = 60.0) -> None:
         time.sleep(0.05)
 
 
+@contextlib.contextmanager
+def standing_still(pids: Sequence[int]) -> Iterator[None]:
+    """For the length of the block these processes do nothing, however slow we are."""
+    try:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+        # A thread ends first what it does in the kernel.
+        wait_until(lambda: not any(map(_moves, pids)))
+        yield
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
 def snapshot(directory: Path) -> dict[str, bytes]:
     """Relative path -> content of every file below ``directory``."""
     paths = (path for path in directory.rglob("*") if path.is_file())
@@ -197,6 +213,15 @@ def environments() -> Iterator[tuple[int, list[bytes]]]:
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             yield int(folder.name), (folder / "environ").read_bytes().split(b"\0")
+
+
+def _moves(pid: int) -> bool:
+    """Whether a thread of a process is neither stopped nor over."""
+    states = []
+    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):
+            states.append(path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0])
+    return any(state not in "TtZX" for state in states)
 
 
 def _free_port() -> int:

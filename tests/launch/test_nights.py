@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.disks import mounted_disk
-from tests.launch.processes import RunningScript, ScriptResult, run_script, wait_until
+from tests.launch.processes import RunningScript, ScriptResult, run_script, standing_still, wait_until
 from tests.launch.runs import (
     STEPS_PER_EPOCH,
     latest_step,
@@ -56,14 +56,19 @@ def assert_same_run(work_dir: Path, reference: Path) -> None:
     assert not list((work_dir / "checkpoints").glob(".*"))
 
 
-def kill_in_the_middle_of_a_write(running: RunningScript, work_dir: Path, after: int) -> bool:
-    """SIGKILL as soon as a checkpoint after step ``after`` is being written; whether it was not yet whole."""
+def kill_in_the_middle_of_a_write(running: RunningScript, work_dir: Path, after: int) -> None:
+    """SIGKILL while a checkpoint after step ``after`` is being written."""
+    wait_until(lambda: latest_step(work_dir) > after or not running.is_running(), 120)
+    writer = running.processes("RANK=0")
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and running.is_running():
-        if latest_step(work_dir) > after and (begun := list((work_dir / "checkpoints").glob(".step-*"))):
-            running.kill()
-            running.wait(10)
-            return any(path.exists() for path in begun)
+        if list((work_dir / "checkpoints").glob(".step-*")):
+            # It is soon written: whether it was not yet whole can only be seen while nothing moves.
+            with standing_still(writer):
+                if list((work_dir / "checkpoints").glob(".step-*")):
+                    running.kill()
+                    running.wait(10)
+                    return
     raise AssertionError(f"the run was over before it could be killed: {running.wait(1).stderr}")
 
 
@@ -81,13 +86,11 @@ def test_killed_at_any_step_and_in_the_middle_of_a_write(config: Path, reference
             running.kill()
         running.wait(10)
         assert 0 < latest_step(work_dir) < NUM_STEPS, steps
-    unfinished = False
-    while not unfinished:
-        running = RunningScript(command, "torchrun", 2)
-        try:
-            unfinished = kill_in_the_middle_of_a_write(running, work_dir, latest_step(work_dir))
-        finally:
-            running.kill()
+    running = RunningScript(command, "torchrun", 2)
+    try:
+        kill_in_the_middle_of_a_write(running, work_dir, latest_step(work_dir))
+    finally:
+        running.kill()
     assert list((work_dir / "checkpoints").glob(".step-*"))
     run_script(command, "torchrun", 2).check()
     assert_same_run(work_dir, reference)
@@ -166,8 +169,7 @@ def test_a_full_disk_costs_no_run(config: Path, small_disk: Path) -> None:
     running = RunningScript(["train.py", config, "--work-dir", work_dir, *OFTEN], "python", 1)
     try:
         wait_for_step(running, work_dir, 2 * STEPS_PER_EPOCH)
-        good = latest_step(work_dir)
-        fill(small_disk / "filler")
+        good = fill_between_checkpoints(running, small_disk)
         result = running.wait(120)
     finally:
         running.kill()
@@ -182,6 +184,26 @@ def test_a_full_disk_costs_no_run(config: Path, small_disk: Path) -> None:
     resumed = run_script(["train.py", config, "--work-dir", work_dir, "--resume", *OFTEN])
     assert f"after {saved} of {NUM_STEPS} steps" in " ".join(resumed.check().stdout.split())
     assert list(read_losses(work_dir)) == list(range(1, NUM_STEPS + 1))
+
+
+def fill_between_checkpoints(running: RunningScript, disk: Path) -> int:
+    """Fill the disk at a moment at which nothing is under way that will give room back; the latest step saved by then.
+
+    A checkpoint that is just being written would take the place of an older one, and so would each after it.
+    """
+    work_dir = disk / "work"
+    while True:
+        with standing_still(running.processes()):
+            assert running.is_running(), "the run was over before the disk was full"
+            checkpoints = work_dir / "checkpoints"
+            # As many as are kept, and the best.
+            pointers = (checkpoints / "latest", checkpoints / "best")
+            kept = {path.read_text(encoding="utf-8") for path in pointers if path.is_file()}
+            found = sorted(path.name for path in checkpoints.glob("step-*"))
+            if set(found) == kept | set(found[-2:]) and not list(work_dir.rglob(".*")):
+                fill(disk / "filler")
+                return latest_step(work_dir)
+        time.sleep(0.005)
 
 
 def fill(path: Path) -> None:

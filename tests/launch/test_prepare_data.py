@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.pictures_for_tests import write_image
-from tests.launch.processes import Launch, RunningScript, run_all, run_script, snapshot
+from tests.launch.processes import Launch, RunningScript, run_all, run_script, snapshot, standing_still
 
 pytestmark = [pytest.mark.slow, pytest.mark.segmentation, pytest.mark.timeout(600)]
 
@@ -75,6 +75,19 @@ def half_written(out: Path) -> list[Path]:
     return list(out.glob(".train-*.tar.*"))
 
 
+def kill_in_mid_write(running: RunningScript, out: Path, num_complete: int) -> None:
+    """SIGKILL behind some shards, while another is being written."""
+    while True:
+        assert running.is_running(), "the conversion was over before it could be killed"
+        if len(list(out.glob("*.tar"))) >= num_complete and half_written(out):
+            # Which is soon over: it can only be seen while nothing moves.
+            with standing_still(running.processes()):
+                if half_written(out):
+                    running.kill()
+                    return
+        time.sleep(0.001)
+
+
 def test_a_conversion_that_was_killed_goes_on(pictures: Path, tmp_path: Path) -> None:
     def convert(out: Path) -> list[str | Path]:
         return [*FOLDER, "--convert", pictures, "--shards", out, "--shard-size", "20", "--workers", "2"]
@@ -82,13 +95,12 @@ def test_a_conversion_that_was_killed_goes_on(pictures: Path, tmp_path: Path) ->
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     result = run_script(convert(whole)).check()
     assert result.stdout.splitlines()[-2].startswith("train: 1,200 samples, 60 shards, ")
-    for num_complete in (2, 30):
+    for num_complete in (2, 15):
         running = RunningScript(convert(killed), "python", 1)
-        # In mid-write, behind some shards.
-        while len(list(killed.glob("*.tar"))) < num_complete or not half_written(killed):
-            assert running.is_running()
-            time.sleep(0.001)
-        running.kill()
+        try:
+            kill_in_mid_write(running, killed, num_complete)
+        finally:
+            running.kill()
         assert running.wait(60).rc == -9
         assert num_complete <= len(list(killed.glob("*.tar"))) < 60
     assert half_written(killed)
