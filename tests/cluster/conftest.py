@@ -54,7 +54,8 @@ def local_disk(slurm: Slurm, tmp_path: Path) -> Iterator[Path]:
     finally:
         slurm.clear()
         for host in mounted:
-            slurm.run(host, ["umount", path]).check()
+            # Lazily: a process that was killed may have its files open for a moment longer.
+            slurm.run(host, ["umount", "-l", path]).check()
 
 
 def _bring_up(cluster: Cluster, without: str) -> None:

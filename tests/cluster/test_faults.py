@@ -143,8 +143,8 @@ def test_torchrun_restarts_on_both_hosts(slurm: Slurm, alone: Alone, tmp_path: P
     agents = torchrun(slurm, script, SECONDS, "--max-restarts=1")
     wait_for_step(agents[0], work_dir, 10, SECONDS)
     (pid,) = slurm.ranks("n2", work_dir)
-    os.kill(pid, signal.SIGKILL)
     saved = latest_step(work_dir)
+    os.kill(pid, signal.SIGKILL)
     for agent in agents:
         agent.wait().check()
     assert_same_curve(work_dir, alone.work_dir)
@@ -167,8 +167,12 @@ def severed(slurm: Slurm, endless: Path, tmp_path_factory: pytest.TempPathFactor
     for (name, run), found in zip(runs.items(), seconds, strict=True):
         results = {}
         for place, command in enumerate(run.commands):
-            # torchrun waits for agents to come back.
+            # torchrun waits for agents to come back. The one that can be heard first says how its rank ended, if only
+            # when it has looked.
             if name == "torchrun":
+                begin = time.monotonic()
+                while place == 0 and not said_status(command) and time.monotonic() - begin < MORE:
+                    time.sleep(0.1)
                 command.kill()
             results[place] = command.wait(MORE)
         outcomes[name] = Outcome(found, results)
@@ -188,8 +192,12 @@ def test_cut_network_is_said(severed: dict[str, Outcome], way: str) -> None:
     """By a rank that can be heard: who does not answer, where it was, and with the status for it."""
     pattern = r"error: rank \d \(host n\d, pid \d+\) .* can't be reached.* step \d+|error: the launcher's process at n1"
     assert any(re.match(pattern, line) for line in severed[way].lines), severed[way]
-    said = severed[way].results[0].stdout + severed[way].results[0].stderr
-    assert re.search(rf"(exit code|return code =|exitcode *:) {LOST}\b", said), severed[way]
+    assert said_status(severed[way].results[0]), severed[way]
+
+
+def said_status(command: RunningCommand | ScriptResult) -> bool:
+    """Whether a launcher has said that a rank of its ended because of another."""
+    return re.search(rf"(exit code|return code =|exitcode *:) {LOST}\b", command.stdout + command.stderr) is not None
 
 
 @pytest.fixture(scope="module")
