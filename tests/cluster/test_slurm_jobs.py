@@ -14,14 +14,14 @@ from tests.launch.runs import write_config
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SCRIPTS = ROOT / "launch" / "slurm"
-# Of the partitions "low" and "lowc", see slurm_up.sh: more than a machine that is busy needs to end a job and start one.
+# Of the partitions "low" and "lowc", see slurm_up.sh: more than a busy machine needs to end a job and to start one.
 GRACE_SECONDS = 90
 ON_BOTH = ("--nodes=2", "--ntasks-per-node=1")
 # SLURM refuses a job that is released in the second in which it was put back.
 SECONDS_BEFORE_RELEASE = 3.0
 # What `python` is in these jobs: a rank that does, at the job's start number N, what WORK_DIR/order-N says; until then
-# it runs, and saves a checkpoint when it is asked to stop. SLURM signals all processes of a step: a command that reads or
-# saves would be killed by what the rank outlives, so bash does it by itself.
+# it runs, and saves a checkpoint when it is asked to stop. SLURM signals all processes of a step: a command that reads
+# or saves would be killed by what the rank outlives, so bash does it by itself.
 STAND_IN = """#!/usr/bin/env bash
 [[ $3 == --member ]] && name=/$4 || name=
 while [ "$1" != --work-dir ]; do shift; done
