@@ -1,6 +1,8 @@
 """Reading dealt batches: workers, bad samples, sets that are streamed."""
 
 import logging
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import psutil
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data._utils import signal_handling
 
 from spt_dist import UserError
 from spt_dist.data.batches import GlobalBatches
@@ -167,6 +170,20 @@ def test_reading_leaves_the_random_numbers_of_the_process_alone() -> None:
     before = torch.get_rng_state()
     read_all(Numbered(2))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_signal_that_comes_when_workers_are_just_being_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They outlive it, though torch has its own way with signals before it asks for ours; the rank hears as before."""
+    set_handlers = signal_handling._set_worker_signal_handlers
+
+    def set_handlers_and_be_signalled() -> None:
+        set_handlers()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    monkeypatch.setattr(signal_handling, "_set_worker_signal_handlers", set_handlers_and_be_signalled)
+    read_all(Numbered(2))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == heard
 
 
 _LEAVES_WORKERS = """
