@@ -121,7 +121,7 @@ def test_signals_end_in_a_checkpoint(
     try:
         wait_for_step(running, work_dir, 2 * STEPS_PER_EPOCH + 2)
         stop(running)
-        stopped = running.wait(60)
+        stopped = running.wait(120)
     finally:
         running.kill()
     assert stopped.rc == 75, stopped.stderr
@@ -144,7 +144,7 @@ def test_torchrun_restarts_and_goes_on(config: Path, reference: Path, tmp_path: 
             victims = running.processes("RANK=1")
             for pid in victims:
                 os.kill(pid, signal.SIGKILL)
-            wait_until(lambda victims=victims: new_rank(running, victims))
+            wait_until(lambda victims=victims: new_rank(running, victims), 120)
         running.wait(180).check()
     finally:
         running.kill()
@@ -227,9 +227,10 @@ def test_a_hung_rank_ends_the_job(config: Path, tmp_path: Path) -> None:
         (pid,) = running.processes("RANK=1")
         os.kill(pid, signal.SIGSTOP)
         started = time.monotonic()
-        result: ScriptResult = running.wait(90)
+        result: ScriptResult = running.wait(150)
     finally:
         running.kill()
-    assert time.monotonic() - started < 60
+    # The launcher waits half a minute before it kills a rank that does not end; gloo would wait half an hour.
+    assert time.monotonic() - started < 120
     assert result.rc != 0
     assert re.search(r"^error: rank 1 .*step \d+", result.stderr, re.MULTILINE), result.stderr

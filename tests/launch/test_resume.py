@@ -42,7 +42,7 @@ def kill_rank_one(running: RunningScript) -> ScriptResult:
     """SIGKILL to rank 1 alone; the others and the launcher must not wait for it for ever."""
     (pid,) = running.processes("RANK=1")
     os.kill(pid, signal.SIGKILL)
-    return running.wait(60)
+    return running.wait(120)
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def test_a_signal_to_all_processes_ends_in_a_checkpoint(shards: Path, tmp_path: 
             # Those that read for an evaluation may have ended with it.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
-        result = running.wait(60)
+        result = running.wait(120)
     finally:
         running.kill()
     assert result.rc == STOPPED, result.stderr
