@@ -166,7 +166,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_costs_no_run(config: Path, small_disk: Path) -> None:
     """Training goes on while the disk is full, says so, and resumes from the last good checkpoint where it ends."""
     work_dir = small_disk / "work"
-    running = RunningScript(["train.py", config, "--work-dir", work_dir, *OFTEN], "python", 1)
+    # A single process is quick: so long that it is not over before a test that was held up looks again.
+    epochs = 4 * EPOCHS
+    num_steps = epochs * STEPS_PER_EPOCH
+    often = [*OFTEN, f"train.epochs={epochs}"]
+    running = RunningScript(["train.py", config, "--work-dir", work_dir, *often], "python", 1)
     try:
         wait_for_step(running, work_dir, 2 * STEPS_PER_EPOCH)
         good = fill_between_checkpoints(running, small_disk)
@@ -178,12 +182,12 @@ def test_a_full_disk_costs_no_run(config: Path, small_disk: Path) -> None:
     assert result.rc != 0, "the task file can't be written"
     assert "No space left" in result.stderr
     saved = latest_step(work_dir)
-    assert good <= saved < NUM_STEPS
+    assert good <= saved < num_steps
     (small_disk / "filler").unlink()
     (small_disk / "filler.more").unlink()
-    resumed = run_script(["train.py", config, "--work-dir", work_dir, "--resume", *OFTEN])
-    assert f"after {saved} of {NUM_STEPS} steps" in " ".join(resumed.check().stdout.split())
-    assert list(read_losses(work_dir)) == list(range(1, NUM_STEPS + 1))
+    resumed = run_script(["train.py", config, "--work-dir", work_dir, "--resume", *often])
+    assert f"after {saved} of {num_steps} steps" in " ".join(resumed.check().stdout.split())
+    assert list(read_losses(work_dir)) == list(range(1, num_steps + 1))
 
 
 def fill_between_checkpoints(running: RunningScript, disk: Path) -> int:

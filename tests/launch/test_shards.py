@@ -77,19 +77,22 @@ def write_shards_config(folder: Path, root: Path | str) -> Path:
 
 def test_a_run_goes_on_with_the_very_next_sample_with_workers_too(shards: Path, tmp_path: Path) -> None:
     config, whole, killed = write_shards_config(tmp_path, shards), tmp_path / "whole", tmp_path / "killed"
-    options = ["--cfg-options", "data.num_workers=2"]
-    running = RunningScript(["train.py", config, "--work-dir", killed, *options], "python", 1)
+    # So long that it is not over before a test that was held up looks again.
+    epochs = 4 * EPOCHS
+    options = ["--cfg-options", f"train.epochs={epochs}"]
+    workers = [*options, "data.num_workers=2"]
+    running = RunningScript(["train.py", config, "--work-dir", killed, *workers], "python", 1)
     try:
         while latest_step(killed) < SAVED_AT:
             assert running.is_running()
             time.sleep(0.01)
     finally:
         running.kill()
-    run_script(["train.py", config, "--work-dir", whole]).check()
+    run_script(["train.py", config, "--work-dir", whole, *options]).check()
     wanted = read_losses(whole)
-    assert list(wanted) == list(range(1, NUM_STEPS + 1))
+    assert list(wanted) == list(range(1, epochs * STEPS_PER_EPOCH + 1))
 
-    run_script(["train.py", config, "--work-dir", killed, "--resume", *options]).check()
+    run_script(["train.py", config, "--work-dir", killed, "--resume", *workers]).check()
     assert read_losses(killed) == wanted, "to the last bit, though workers read"
     assert read_summary(killed)["scores"] == read_summary(whole)["scores"]
 
