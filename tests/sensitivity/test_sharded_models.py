@@ -126,6 +126,6 @@ def fail_on_rank_1(when: int, shard_sums: bool) -> str:
 @pytest.mark.parametrize("shard_sums", [False, True])
 @pytest.mark.parametrize("when", [0, 2])
 def test_a_rank_that_fails_takes_the_others_with_it(when: int, shard_sums: bool) -> None:
-    other, own = run_ranks(fail_on_rank_1, 2, when, shard_sums, timeout=60)
+    other, own = run_ranks(fail_on_rank_1, 2, when, shard_sums)
     assert own == "OSError: disk gone"
     assert other == "OtherRankFailed: rank 1 failed: OSError: disk gone"

@@ -134,7 +134,7 @@ def write_and_be_killed(folder: str) -> None:
 def test_killed_runs_keep_their_points_and_resumed_ones_show_no_step_twice(tmp_path: Path) -> None:
     process = multiprocessing.get_context("forkserver").Process(target=write_and_be_killed, args=(str(tmp_path),))
     process.start()
-    process.join(60)
+    process.join(200)
     assert process.exitcode == -signal.SIGKILL
     assert read_curves(tmp_path / "logs")["train/loss"] == dict.fromkeys(range(1, 8), 1.0)
     # TensorBoard reads files in the order of their names, which hold the second.

@@ -148,17 +148,18 @@ def test_a_break_in_the_middle_of_a_long_transfer_is_noticed_at_once(
     start = time.monotonic()
     found = read(open_set(f"pipe:cat {tmp_path}/{{}}", lanes=1), None, range(NUM_SAMPLES))
     assert found[:4] == [0, 1, 2, 3] and "is damaged" in str(found[4])
-    assert time.monotonic() - start < 5
+    # Half of the time after which a transfer counts as stalled.
+    assert time.monotonic() - start < 30
 
 
 def test_a_transfer_that_stalls_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spt_dist.data.shards.lane._PAUSES", ())
-    monkeypatch.setattr("spt_dist.data.shards.lane.open_stream", partial(open_stream, stall_seconds=0.3))
+    monkeypatch.setattr("spt_dist.data.shards.lane.open_stream", partial(open_stream, stall_seconds=5))
     samples = open_set(write_shard(tmp_path, SAMPLES), lanes=1)
-    samples._location = f"pipe:head -c {start_of(4)} {tmp_path}/{{}}; sleep 5"
+    samples._location = f"pipe:head -c {start_of(4)} {tmp_path}/{{}}; exec sleep 60"
     found = read(samples, None, range(NUM_SAMPLES))
     assert found[:4] == [0, 1, 2, 3]
-    assert "the shard breaks off before it is complete: nothing has come for 0 s" in str(found[4])
+    assert "the shard breaks off before it is complete: nothing has come for 5 s" in str(found[4])
 
 
 def test_a_transfer_that_breaks_off_is_begun_again(

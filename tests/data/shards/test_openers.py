@@ -124,7 +124,7 @@ def test_a_server_that_falls_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         stream.read(512)
     start = time.monotonic()
     stream.close()
-    assert time.monotonic() - start < 5, "the command that waits is ended"
+    assert time.monotonic() - start < 30, "the command that waits is ended"
     server.close()
 
 
@@ -132,14 +132,14 @@ def test_a_transfer_that_falls_silent_is_begun_again_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("spt_dist.data.shards.lane._PAUSES", (0.0, 0.1))
-    monkeypatch.setattr("spt_dist.data.shards.lane.open_stream", partial(open_stream, stall_seconds=1.0))
+    monkeypatch.setattr("spt_dist.data.shards.lane.open_stream", partial(open_stream, stall_seconds=5.0))
     write_shards(tmp_path, SIZES)
-    with serving(tmp_path, most_bytes=5000, cuts_left=2, silent_seconds=3) as url:
+    with serving(tmp_path, most_bytes=5000, cuts_left=2, silent_seconds=60) as url:
         samples = open_set(url, lanes=1)
         samples._location = url.replace("http://", "http://me:secret@")
         with caplog.at_level(logging.WARNING):
             assert read(samples, None, WHOLE) == WHOLE
-    why = "the shard breaks off before it is complete: nothing has come for 1 s"
+    why = "the shard breaks off before it is complete: nothing has come for 5 s"
     assert [record.getMessage() for record in caplog.records] == [
         f"{url}/train-000000.tar: {why}; it is begun again in {pause} s" for pause in ("0", "0.1")
     ]
