@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import nn
 
 from tests.models_for_tests import make_vit
+
+# How long an example takes, or its drawing, says something of the machine: each pauses now and then.
+settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy machine")
 
 
 @pytest.fixture(autouse=True)
