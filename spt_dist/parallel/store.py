@@ -19,7 +19,9 @@ from spt_dist.parallel.environment import LOOPBACK
 
 PAUSE = 0.1
 # Rank 0 sees best who is missing, and is given this time to say it before another rank does.
-SECONDS_FOR_RANK_ZERO = 2.0
+SECONDS_FOR_RANK_ZERO = 5.0
+# For the others to hear that ranks are missing, before the store ends with rank 0.
+SECONDS_TO_HEAR = 5.0
 # For rank 0 to find that its address leads to its own host, and for anybody to find that a name can't be looked up.
 SECONDS_TO_REACH_ITSELF = 10.0
 SECONDS_TO_LOOK_UP = 60.0
@@ -190,10 +192,11 @@ def agree(store: dist.Store, beat: Beat, world_size: int, timeout: float) -> str
     attempt = ""
     deadline = time.monotonic() + timeout + SECONDS_FOR_RANK_ZERO
     while not (attempt and store.check([f"open/{attempt}"])):
+        if attempt and store.check([f"missing/{attempt}"]):
+            store.set(f"heard/{attempt}/{beat.rank}", "")
+            raise RunEnded("not all ranks came", LOST, tell=False)
         if time.monotonic() > deadline:
             raise _missing([0], timeout)
-        if attempt and store.check([f"missing/{attempt}"]):
-            raise RunEnded("not all ranks came", LOST, tell=False)
         time.sleep(PAUSE)
         if store.check([f"answer/{name}"]):
             answer = store.get(f"answer/{name}").decode()
@@ -217,7 +220,10 @@ def _invite(store: dist.Store, attempt: str, beat: Beat, world_size: int, timeou
                     answered[rank] = name
         if time.monotonic() > deadline:
             store.set(f"missing/{attempt}", "")
-            time.sleep(2 * PAUSE)  # the store may end with this process, and the others have to see it before
+            heard = [f"heard/{attempt}/{rank}" for rank in range(1, world_size) if rank not in missing]
+            limit = time.monotonic() + SECONDS_TO_HEAR
+            while heard and not store.check(heard) and time.monotonic() < limit:
+                time.sleep(PAUSE)
             raise _missing(missing, timeout)
         time.sleep(PAUSE)
     store.set(f"open/{attempt}", "")
