@@ -12,13 +12,8 @@ from spt_dist import UserError
 from spt_dist.exits import LOST, RunEnded
 from spt_dist.parallel.beats import Kind, Verdict, first_beat
 from spt_dist.parallel.store import Address, Board, agree, connect
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+from tests.launch.processes import _free_port as free_port
+from tests.launch.processes import wait_until
 
 
 def join(store: dist.Store, rank: int, world_size: int, timeout: float = 20.0, delay: float = 0.0) -> str | RunEnded:
@@ -51,14 +46,18 @@ def test_each_attempt_agrees_on_a_new_name_whoever_comes_late(late: int) -> None
 def test_an_attempt_that_broke_off_leaves_nothing_that_confuses_the_next() -> None:
     """A rank of the broken attempt still waits for it while all the others have been started again."""
     store = dist.HashStore()
-    with ThreadPoolExecutor(1) as pool:
-        left_over = pool.submit(join, store, 2, 3, 2.0)
-        time.sleep(0.3)
+    with ThreadPoolExecutor(3) as pool:
+        left_over = pool.submit(join, store, 2, 3)
+        wait_until(lambda: store.check(["hello/2"]))
         broken = attempt(store, {0: 0.0}, timeout=0.5)
         assert isinstance(broken[0], RunEnded)
-        names = attempt(store, {0: 0.0, 1: 0.3, 2: 0.6})
+        others = [pool.submit(join, store, rank, 3) for rank in (0, 1)]
+        # It hears that its attempt is over, or is answered again before it looks. Only when it has ended may another
+        # process have its rank.
+        last = left_over.result()
+        third = join(store, 2, 3) if isinstance(last, RunEnded) else last
+        names = [*(other.result() for other in others), third]
         assert len(set(names)) == 1 and isinstance(names[0], str)
-        assert isinstance(left_over.result(), RunEnded)
 
 
 def test_a_rank_that_waits_follows_rank_zero_into_a_new_attempt() -> None:
@@ -66,9 +65,7 @@ def test_a_rank_that_waits_follows_rank_zero_into_a_new_attempt() -> None:
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(join, store, 1, 3)
         # The first rank 0 answers, and is gone before rank 2 comes.
-        deadline = time.monotonic() + 10
-        while not store.check(["hello/1"]) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_until(lambda: store.check(["hello/1"]))
         store.set(f"answer/{store.get('hello/1').decode()}", "an attempt that never opens")
         time.sleep(0.5)
         names = attempt(store, {0: 0.0, 2: 0.2})
@@ -76,18 +73,18 @@ def test_a_rank_that_waits_follows_rank_zero_into_a_new_attempt() -> None:
 
 
 def test_who_is_missing_is_named_once() -> None:
-    errors = attempt(dist.HashStore(), {0: 0.0, 2: 0.0}, world_size=5, timeout=1.0)
+    errors = attempt(dist.HashStore(), {0: 0.0, 2: 0.0}, world_size=5, timeout=4.0)
     assert all(isinstance(error, RunEnded) and error.status == LOST for error in errors)
     told = [str(error) for error in errors if isinstance(error, RunEnded) and error.tell]
     assert len(told) == 1
-    assert told[0].startswith("3 ranks (1, 3, 4) have not come to join the others within 1 s; ")
+    assert told[0].startswith("3 ranks (1, 3, 4) have not come to join the others within 4 s; ")
 
 
 def test_a_missing_rank_zero_is_named() -> None:
     started = time.monotonic()
     (error,) = attempt(dist.HashStore(), {1: 0.0}, world_size=2, timeout=0.5)
     assert str(error).startswith("rank 0 has not come to join the others within 0 s")
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < 30
 
 
 def test_nobody_listens() -> None:
@@ -98,7 +95,8 @@ def test_nobody_listens() -> None:
             connect(Address("127.0.0.1", port, False), 1, 1.0)
 
 
-@pytest.mark.parametrize("host", ["240.0.0.1", "no-such-host.invalid"])
+# To a multicast address the kernel makes no connection; what becomes of any other is up to the network around.
+@pytest.mark.parametrize("host", ["224.0.0.1", "no-such-host.invalid"])
 def test_rank_zero_on_another_host_than_its_address(host: str) -> None:
     """As where MASTER_ADDR names a login node: the others would look there for as long as the timeout."""
     with pytest.raises(UserError, match=rf"rank 0 runs on .*, but MASTER_ADDR={host} does not lead there"):
