@@ -38,9 +38,11 @@ LAST_WORDS = {Kind.FAILED: 3.0, Kind.MEMORY: 3.0, Kind.STOPPED: 3.0, Kind.MISTAK
 SHORTEST_LAST_WORDS = 0.5
 # How long a rank stays that ends because of another, so that launchers find the other one first: they look for ended
 # processes up to once a second, and name the first.
-SECONDS_FOR_FIRST = 1.5
+SECONDS_FOR_FIRST = 3.0
 SECONDS_TO_SETTLE = 5.0
 SECONDS_TO_TELL = 2.0
+# How long a store that ends with its rank is kept for those who have not read the verdict: they look once a second.
+SECONDS_TO_HEAR = 6.0
 
 
 class Watch:
@@ -126,11 +128,11 @@ class Watch:
                 time.sleep(TICK)  # a process that is killed loses its connections one by one
             self._alert = True
             looked = self._cycles + 3
-            deadline = time.monotonic() + (2 * self._patience + 1 if lost_peer else SECONDS_TO_SETTLE)
-            self._wait_for(lambda: not lost_peer and self._cycles >= looked, deadline)
+            limit = 2 * self._patience + 1 if lost_peer else SECONDS_TO_SETTLE
+            self._wait_for(lambda: not lost_peer and self._cycles >= looked, limit)
         if self.verdict is None:
             self._proposal = self._verdict_on(error)
-            self._wait_for(lambda: False, time.monotonic() + SECONDS_TO_SETTLE)
+            self._wait_for(lambda: False, SECONDS_TO_SETTLE)
         # The store does not answer any more: then everybody tells what he knows.
         verdict = self.verdict or self._proposal
         assert verdict is not None
@@ -150,7 +152,7 @@ class Watch:
         """Keep the store until the others have read the verdict, where it ends with this process."""
         if self._hosts_store:
             self._alert = True
-            self._wait_for(self._others_know, time.monotonic() + SECONDS_TO_TELL, even_if_decided=True)
+            self._wait_for(self._others_heard, SECONDS_TO_HEAR, even_if_decided=True)
 
     def _verdict_on(self, error: BaseException) -> Verdict:
         """What this rank's own error means for the run."""
@@ -174,9 +176,9 @@ class Watch:
         self._state = State.DONE
         if self.rank == 0:
             while not self._others_know():
-                self._wait_for(self._others_know, time.monotonic() + self.timeout, even_if_decided=True)
+                self._wait_for(self._others_know, self.timeout, even_if_decided=True)
         else:
-            self._wait_for(lambda: self._beat.state is not State.RUNNING, time.monotonic() + SECONDS_TO_SETTLE)
+            self._wait_for(lambda: self._beat.state is not State.RUNNING, SECONDS_TO_SETTLE)
         while self.verdict is not None:
             time.sleep(SHORTEST_PAUSE)  # a thread is about to end the process
         self._end_threads()
@@ -192,11 +194,24 @@ class Watch:
         others = [beat for rank, beat in self._known.items() if rank != self.rank]
         return len(others) == self.world_size - 1 and all(beat.state is not State.RUNNING for beat in others)
 
-    def _wait_for(self, condition: Callable[[], bool], deadline: float, even_if_decided: bool = False) -> None:
-        """Let the thread go round at once, and wait until something is true or decided, or the time is over."""
+    def _others_heard(self) -> bool:
+        """As above, but for those that can't hear any more."""
+        others = [beat for rank, beat in self._known.items() if rank != self.rank]
+        return len(others) == self.world_size - 1 and all(
+            beat.state is not State.RUNNING or has_ended(beat, self._beat) for beat in others
+        )
+
+    def _wait_for(self, condition: Callable[[], bool], seconds: float, even_if_decided: bool = False) -> None:
+        """Let the thread go round at once, and wait until something is true or decided, or the time is over.
+
+        Time in which this process is stopped does not count: the thread has not gone round in it.
+        """
         self._wake.set()
-        while not condition() and time.monotonic() < deadline and (even_if_decided or not self._decided.is_set()):
-            time.sleep(SHORTEST_PAUSE / 2)
+        pause = SHORTEST_PAUSE / 2
+        for _ in range(round(seconds / pause)):
+            if condition() or (self._decided.is_set() and not even_if_decided):
+                return
+            time.sleep(pause)
 
     def _current(self) -> Beat:
         count, step, phase, limited = self._place
@@ -281,7 +296,7 @@ class Watch:
             time.sleep(LAST_WORDS.get(verdict.kind, SHORTEST_LAST_WORDS))
         status = verdict.status(self.rank)
         # A pipe that nobody reads must not keep the process.
-        limit = threading.Timer(2 * SECONDS_TO_TELL, os._exit, (status,))
+        limit = threading.Timer(2 * SECONDS_TO_TELL + SECONDS_TO_HEAR + SECONDS_FOR_FIRST, os._exit, (status,))
         limit.daemon = True
         limit.start()
         with self._lock:
