@@ -115,10 +115,9 @@ def run(main: Callable[[], None]) -> None:
             _say(str(stopped))
         _end(STOPPED)
     except RunEnded as end:
-        if end.tell and end.traceback:
-            traceback.print_exception(end.__cause__)
         if end.tell:
-            _say(f"error: {end}")
+            cause = traceback.format_exception(end.__cause__) if end.traceback else []
+            _say("".join([*cause, f"error: {end}"]))
         _end(end.status)
     except Exception as error:
         if is_out_of_memory(error):
@@ -135,7 +134,9 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    # In one piece: other ranks write there too, and under deepspeed each piece is written at once.
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def _end(status: int) -> NoReturn:
