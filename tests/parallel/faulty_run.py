@@ -8,7 +8,9 @@ import argparse
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
@@ -21,8 +23,9 @@ from spt_dist import UserError
 from spt_dist.parallel.launch import ProcessGroup, process_group
 
 NUM_STEPS = 12
-# The others look at where a rank is every second.
-SECONDS_TO_BE_SEEN = 1.5
+# Where nobody else has to have seen where a rank is, it still has to be in that place for a while.
+SECONDS_IN_PLACE = 1.5
+LONGEST_WAIT = 200
 PHASES = ("loading data", "training step")
 
 
@@ -33,15 +36,21 @@ def main() -> None:
     parser.add_argument("--step", type=int, default=3)
     parser.add_argument("--phase", default="training step")
     parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--timeout", type=float, default=30)
+    parser.add_argument("--timeout", type=float, default=120)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--local_rank", "--local-rank")
     options = parser.parse_args()
     own_rank = int(os.environ.get("RANK", "0"))
     options.mine = options.rank in (own_rank, -1)
     (options.out / f"pid-{own_rank}").write_text(str(os.getpid()), encoding="utf-8")
+    options.group = None
+    # The time that they have for joining would begin with the imports of the first.
+    ranks = range(int(os.environ.get("WORLD_SIZE", "1")))
+    wait_until(lambda: all((options.out / f"pid-{rank}").exists() for rank in ranks))
     maybe_fail(options, 0, "before joining")
     with process_group(options.timeout) as group:
+        options.group = group
+        threading.Thread(target=note_what_is_seen, args=(options, group), daemon=True).start()
         maybe_fail(options, 0, "starting")
         group.watch.report(0, "scoring")
         maybe_fail(options, 0, "scoring")
@@ -76,6 +85,34 @@ def note(options: argparse.Namespace, rank: int, text: str) -> None:
     (options.out / f"note-{rank}").write_text(text, encoding="utf-8")
 
 
+def note_what_is_seen(options: argparse.Namespace, group: ProcessGroup) -> None:
+    """Tell the faulty rank, in a file, the latest of its reports that this one has read."""
+    if options.rank in (group.rank, -1):
+        return
+    while True:
+        beat = group.watch._known.get(options.rank)
+        if beat is not None:
+            path = options.out / f"seen-by-{group.rank}"
+            path.with_suffix(".new").write_text(str(beat.count), encoding="utf-8")
+            path.with_suffix(".new").replace(path)
+        time.sleep(0.05)
+
+
+def is_seen(options: argparse.Namespace) -> bool:
+    """Whether those that look at this rank have read where it is: rank 0 looks at all, the others at rank 0."""
+    group = options.group
+    watchers = range(1, group.world_size) if group.rank == 0 else [0]
+    paths = [options.out / f"seen-by-{rank}" for rank in watchers]
+    return all(path.exists() and int(path.read_text(encoding="utf-8")) == group.watch._place[0] for path in paths)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LONGEST_WAIT
+    while not condition():
+        assert time.monotonic() < deadline, "the other ranks don't come"
+        time.sleep(0.02)
+
+
 def maybe_fail(options: argparse.Namespace, step: int, phase: str) -> None:
     """Do what the test wants of this rank here: "once" over all restarts, or "twice", the second time in saving."""
     name, _, how_often = options.fault.partition(" ")
@@ -83,7 +120,9 @@ def maybe_fail(options: argparse.Namespace, step: int, phase: str) -> None:
     happened = options.out / "happened"
     if not (options.fault and options.mine and here) or (how_often == "once" and happened.exists()):
         return
-    time.sleep(SECONDS_TO_BE_SEEN)
+    time.sleep(SECONDS_IN_PLACE)
+    if options.group is not None and options.rank >= 0 and phase != "saving":
+        wait_until(lambda: is_seen(options))
     happened.write_text(str(time.time()), encoding="utf-8")
     FAULTS[name](options)
 
