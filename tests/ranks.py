@@ -20,7 +20,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["spt_dist", "timm", "deepspeed"])
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
     """Call ``function(*args)`` on every rank of a gloo group and return the results in the order of the ranks.
 
     Args:
