@@ -163,6 +163,8 @@ def severed(slurm: Slurm, endless: Path, tmp_path_factory: pytest.TempPathFactor
     runs = start_all(slurm, endless, WAYS, tmp_path_factory.mktemp("severed"), *options)
     with slurm.cut_off("n2"):
         seconds = wait_for_ranks(runs.values(), NODES, TIMEOUT + MORE)
+        # What n2 has to say of its task does not come to srun, which ends when SLURM finds the node down.
+        runs["srun"].commands[0].wait(2 * MORE)
     outcomes = {}
     for (name, run), found in zip(runs.items(), seconds, strict=True):
         results = {}
