@@ -17,6 +17,11 @@ def is_passed_by(attention: nn.Module) -> bool:
     return _has_own_biases(attention) and not hasattr(attention, _SWITCH)
 
 
+def has_switches(model: nn.Module) -> bool:
+    """Whether there is anything to switch: whoever builds the same model anew has to do so too."""
+    return bool(_switchable(model))
+
+
 def call_projections(model: nn.Module) -> None:
     """Switch the model, in place, for good; what it computes stays the same, but for rounding."""
     for attention in _switchable(model):

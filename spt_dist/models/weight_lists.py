@@ -25,9 +25,15 @@ def files_of(path: Path) -> list[Path]:
     """The files that hold the weights: those that a list names, in the order of their names, or the file itself.
 
     Raises:
-        UserError: a list is not readable, or names what is no file of weights in its own folder.
+        UserError: a list is not readable, or names what is no file of weights in its own folder, or is not there.
     """
-    return [path.parent / name for name in sorted(set(_read_map(path).values()))] if is_list(path) else [path]
+    if not is_list(path):
+        return [path]
+    names = sorted(set(_read_map(path).values()))
+    missing = [name for name in names if not (path.parent / name).is_file()]
+    if missing:
+        raise UserError(f"{path}: lists {missing[0]}, which is not beside it; get all files that it lists")
+    return [path.parent / name for name in names]
 
 
 def _read_map(path: Path) -> dict[str, str]:
@@ -41,7 +47,7 @@ def _read_map(path: Path) -> dict[str, str]:
         raise UserError(f"{path}: has no weight_map (tensor -> file), which lists of a model's files have")
     for name, file in found.items():
         # A list could lead to any file of the machine otherwise.
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(_FILES):
+        if not isinstance(file, str) or not file.isprintable() or Path(file).name != file or not file.endswith(_FILES):
             raise UserError(f"{path}: {name} is in {file!r}, which names no {' or '.join(_FILES)} file beside the list")
     return found
 
@@ -54,15 +60,11 @@ class ListedWeights:
         open_file: opens one of its files.
 
     Raises:
-        UserError: as ``files_of``; a file is missing or not readable; or the list and the files do not hold the same.
+        UserError: as ``files_of``; a file is not readable; or the list and the files do not hold the same.
     """
 
     def __init__(self, path: Path, open_file: "Callable[[Path], StoredWeights]") -> None:
-        opened = {}
-        for part in files_of(path):
-            if not part.is_file():
-                raise UserError(f"{path}: lists {part.name}, which is not beside it; get all files that it lists")
-            opened[part.name] = open_file(part)
+        opened = {part.name: open_file(part) for part in files_of(path)}
         listed = _read_map(path)
         held = {(name, file) for file, weights in opened.items() for name in weights.names()}
         if differing := sorted(held ^ set(listed.items())):

@@ -34,7 +34,7 @@ TICK = 0.2
 # Beats that have to be missing before a rank is taken for dead, once something is known to be wrong.
 MISSING_BEATS = 3
 # How long a rank that has something to say is given before the others end, and the launcher with them ends it.
-LAST_WORDS = {Kind.FAILED: 3.0, Kind.MEMORY: 3.0, Kind.STOPPED: 3.0, Kind.MISTAKE: 10.0}
+LAST_WORDS = {Kind.FAILED: 5.0, Kind.MEMORY: 5.0, Kind.STOPPED: 5.0, Kind.MISTAKE: 10.0}
 SHORTEST_LAST_WORDS = 0.5
 # How long a rank stays that ends because of another, so that launchers find the other one first: they look for ended
 # processes up to once a second, and name the first.
@@ -136,7 +136,7 @@ class Watch:
         # The store does not answer any more: then everybody tells what he knows.
         verdict = self.verdict or self._proposal
         assert verdict is not None
-        self._hold_store()
+        self._hold_store(min(SECONDS_TO_HEAR, _others_stay(verdict) - 1))
         with self._lock:
             # The first rank tells of another's mistake, since that one gives it time to find the same.
             tells = not self._told and self.rank == (0 if verdict.kind is Kind.MISTAKE else verdict.author)
@@ -148,11 +148,11 @@ class Watch:
         own_fault = verdict.kind is Kind.FAILED and verdict.author == self.rank
         return RunEnded(verdict.text, verdict.status(self.rank), tells, traceback=own_fault)
 
-    def _hold_store(self) -> None:
+    def _hold_store(self, seconds: float) -> None:
         """Keep the store until the others have read the verdict, where it ends with this process."""
         if self._hosts_store:
             self._alert = True
-            self._wait_for(self._others_heard, SECONDS_TO_HEAR, even_if_decided=True)
+            self._wait_for(self._others_heard, seconds, even_if_decided=True)
 
     def _verdict_on(self, error: BaseException) -> Verdict:
         """What this rank's own error means for the run."""
@@ -309,7 +309,12 @@ class Watch:
             os.write(2, f"rank {self.rank} is at:\n{stack}".encode())
         logger.info("ended with status %d: %s", status, verdict.text)
         sys.stdout.flush()
-        self._hold_store()
+        self._hold_store(SECONDS_TO_HEAR)
         if verdict.kind is Kind.LOST:
             time.sleep(SECONDS_FOR_FIRST)
         os._exit(status)
+
+
+def _others_stay(verdict: Verdict) -> float:
+    """Seconds that ranks stay who have read a verdict: what its author says later comes after the launcher's word."""
+    return LAST_WORDS.get(verdict.kind, SHORTEST_LAST_WORDS) + (SECONDS_FOR_FIRST if verdict.kind is Kind.LOST else 0)

@@ -293,7 +293,7 @@ class DirectUses(TorchFunctionMode):
             raise UserError(
                 f"{', '.join(names)}: meets {rows} rows for {self._num_samples} samples and "
                 f"{self._rows_of_one_sample[place]} for one; samples must lie along the outermost axis. "
-                "With micro_batch=1 any layout will do"
+                "With micro_batch=1 (in a config: sensitivity.batch_size=1) any layout will do"
             )
 
     def _add_gradients(self, leaves: dict[str, Tensor], traced: Tensor, grads_L: Tensor) -> None:

@@ -125,7 +125,7 @@ class LayerTaps:
             raise UserError(
                 f"{name}: its input has shape {tuple(inputs.shape)} for {self._num_samples} samples and "
                 f"{rows} rows for one; samples must lie along the outermost axis. "
-                "With micro_batch=1 any layout will do"
+                "With micro_batch=1 (in a config: sensitivity.batch_size=1) any layout will do"
             )
 
 

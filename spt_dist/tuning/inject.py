@@ -31,10 +31,11 @@ logger = logging.getLogger(__name__)
 def inject(model: nn.Module, plan: Plan) -> nn.Module:
     """Freeze ``model`` and make trainable what ``plan`` says, in place.
 
-    The outputs stay what they were, bit for bit, since every update starts at zero; but prompts change them, and so do
-    modules with ``init="normal"``. The model then has ``spt_plan``, the plan; ``spt_fingerprint``, the fingerprint of
-    the untouched backbone; and ``spt_originals``, name -> value before training of what is trained in place, outside
-    the head (``cls_token``; nothing where the whole backbone is trained).
+    The outputs stay what they were, bit for bit, since every update starts at zero; but prompts change them, so do
+    modules with ``init="normal"``, and ``call_projections`` changes their rounding where it has anything to switch. The
+    model then has ``spt_plan``, the plan; ``spt_fingerprint``, the fingerprint of the untouched backbone; and
+    ``spt_originals``, name -> value before training of what is trained in place, outside the head (``cls_token``;
+    nothing where the whole backbone is trained).
 
     Args:
         model: the backbone the plan was made for, with any head.

@@ -8,6 +8,7 @@ import spt_dist  # noqa: F401  # isort: skip
 
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
@@ -17,6 +18,8 @@ from tests.launch.processes import Launch, ScriptResult, run_all
 from tests.models_for_tests import make_vit
 
 pytestmark = pytest.mark.slow
+
+LIST = "model.safetensors.index.json"
 
 
 def make_state() -> dict[str, Tensor]:
@@ -34,6 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file({"conv.weight": torch.ones(2)}, folder / "other.safetensors")
     decoder = {"decoder_pos_embed": torch.ones(1, 5, 8), "mask_token": torch.ones(1, 1, 8)}
     torch.save({"model": dict(make_vit().state_dict()) | decoder}, folder / "mae.pth")
+    (folder / "parts").mkdir()
+    save_torch_state_dict(make_state(), folder / "parts", max_shard_size=20_000)
     return folder
 
 
@@ -51,6 +56,7 @@ def results(folder: Path) -> Mapping[str, ScriptResult]:
     shown = {
         "shown": [folder / "mae.pth"],
         "fitted": [folder / "mae.pth", folder / "fitted.safetensors", *model, "img_size=32", *kept],
+        "in parts": [folder / "parts" / LIST, folder / "joined.safetensors", *model, "img_size=16"],
         "another model": [folder / "mae.pth", *model, "img_size=32", "init_values=0.1"],
         "two ways": [folder / "vit.safetensors", "--to", "mmseg"],
         "--kwargs": [folder / "mae.pth", "--kwargs", "img_size=32"],
@@ -64,6 +70,14 @@ def results(folder: Path) -> Mapping[str, ScriptResult]:
         }
         | {name: Launch(["convert.py", *arguments]) for name, arguments in shown.items()}
     )
+
+
+def test_a_list_of_files_becomes_one_file(folder: Path, results: Mapping[str, ScriptResult]) -> None:
+    assert len(list((folder / "parts").glob("*.safetensors"))) > 2
+    assert f"tensors  {len(make_state())}" in results["in parts"].check().stdout
+    found = load_file(folder / "joined.safetensors")
+    assert found.keys() == make_state().keys()
+    assert all(torch.equal(found[name], value) for name, value in make_state().items())
 
 
 @pytest.mark.segmentation

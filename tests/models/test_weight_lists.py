@@ -90,6 +90,9 @@ def name_the_other(path: Path, of: dict[str, str]) -> None:
 def test_files_that_do_not_belong_together(tmp_path: Path, change: Change, message: str) -> None:
     path = write(tmp_path, STATE)
     change(path, json.loads(path.read_text())["weight_map"])
+    if change is lose:
+        with pytest.raises(UserError, match="which is not beside it"):
+            check_sum(str(path), "0" * 8)
     with pytest.raises(UserError) as caught:
         open_weights(path)
     assert message in str(caught.value) and str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
@@ -105,6 +108,8 @@ def test_files_that_do_not_belong_together(tmp_path: Path, change: Change, messa
         ('{"weight_map": {"a": 3}}', "a is in 3, which names no"),
         ('{"weight_map": {"a": "../a.safetensors"}}', "which names no"),
         ('{"weight_map": {"a": "/etc/passwd"}}', "which names no"),
+        ('{"weight_map": {"a": "a\\u0000.bin"}}', "which names no"),
+        ('{"weight_map": {"a": "\\ud800.bin"}}', "which names no"),
         ('{"weight_map": {"a": "model.safetensors.index.json"}}', "which names no"),
     ],
 )

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file, save_file
 
 from spt_dist.errors import UserError
+from spt_dist.models.checkpoints import resolve_checkpoint
 from spt_dist.models.classifier import build_classifier
 from spt_dist.sections import EngineConfig, ModelConfig, RunConfig, SensitivityConfig, TrainConfig
 from spt_dist.training.dry_run import GIB, DryRun, plan_run
@@ -234,6 +236,17 @@ def test_the_checkpoint_is_looked_at(tmp_path: Path) -> None:
     save_file({"norm.weight": torch.ones(96)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="does not fit this backbone"):
         run(str(tmp_path / "other.safetensors"))
+
+
+def test_a_checkpoint_in_several_files(tmp_path: Path) -> None:
+    demo = ModelConfig(name="vit_tiny_patch16_224", num_classes=10, kwargs=SMALL | {"depth": 6})
+    state = load_file(resolve_checkpoint("package://demo_vit.safetensors"))
+    save_torch_state_dict(state, tmp_path, max_shard_size=200_000)
+    location = str(tmp_path / "model.safetensors.index.json")
+    found = plan_run(make_config(model=replace(demo, checkpoint=location)), 1).checkpoint
+    files = list(tmp_path.glob("*.safetensors"))
+    assert len(files) > 1
+    assert found is not None and found.size == sum(path.stat().st_size for path in files)
 
 
 def test_the_checkpoint_has_to_be_the_one_that_is_meant(caplog: pytest.LogCaptureFixture) -> None:

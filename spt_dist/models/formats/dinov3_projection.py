@@ -31,7 +31,7 @@ def take_projection(
         zeros: biases that the model has not: their tensors -> runs of entries, which have to be zero.
     """
     shape = (sum(draft.shapes[name][0] for name in weights), *draft.shapes[weights[0]][1:])
-    how = [QKV_JOINED] * (len(weights) > 1) + ["biases are zero"] * bool(zeros)
+    how = [QKV_JOINED] * (len(weights) > 1) + ["biases have to be zero"] * bool(zeros)
     make = _ZeroBiases(len(weights), zeros) if how else None
     draft.make(f"{block}attn.qkv.weight", [*weights, *zeros], shape, make, ", ".join(how))
 

@@ -7,7 +7,14 @@ from textwrap import fill
 from torch import nn
 
 from spt_dist.allocation.plan import Plan
+from spt_dist.models.projections import has_switches
 
+_SWITCHES = """\
+for module in backbone.modules():
+    # timm reads the weight of its layer qkv past PEFT's modules otherwise.
+    if hasattr(module, "qkv_bias_separate"):
+        module.qkv_bias_separate = True
+"""
 # Mean and deviation of red, green and blue, where white is 1.
 MeanStd = tuple[Sequence[float], Sequence[float]]
 
@@ -50,7 +57,7 @@ from peft import PeftModel
 
 {_build_line(tuned)}
 ...  # load the weights of the backbone
-model = PeftModel.from_pretrained(backbone, "FOLDER").eval()
+{_SWITCHES if has_switches(tuned) else ""}model = PeftModel.from_pretrained(backbone, "FOLDER").eval()
 ```
 
 {fill(alone, 120)}

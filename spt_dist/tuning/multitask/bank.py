@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from spt_dist.errors import UserError
 from spt_dist.models.fingerprint import fingerprint
 from spt_dist.models.matrices import head_buffers
-from spt_dist.models.projections import call_projections
 from spt_dist.tuning.delta import read_delta
 from spt_dist.tuning.inject import is_tuned
 from spt_dist.tuning.multitask.mixed import Part, run_mixed
@@ -38,8 +37,6 @@ class TaskBank(nn.Module):
             raise UserError("TaskBank: is for classifiers; the head of this model keeps running means (batch norm)")
         if is_tuned(backbone):
             raise UserError("TaskBank: this model has been injected already; build the backbone anew")
-        # As in each task's model, so that rounding is the same.
-        call_projections(backbone)
         self.backbone = backbone
         self.current: str | None = None
         # Now, since a cast of the weights would change it.

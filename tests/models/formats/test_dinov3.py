@@ -110,7 +110,7 @@ def test_biases_that_the_model_has_no_place_for(tmp_path: Path) -> None:
         torch.save({key: without_bias(key, value) for key, value in torch.load(file).items()}, file)
         load_backbone(model, str(file))
         rows = {row.target: row for row in WeightsFile(str(file)).check(model).rows}
-        assert "biases are zero" in rows["blocks.0.attn.qkv.weight"].how
+        assert "biases have to be zero" in rows["blocks.0.attn.qkv.weight"].how
 
 
 def without_bias(name: str, value: Tensor) -> Tensor:

@@ -81,6 +81,24 @@ def test_peft_applies_and_merges_low_rank_modules_and_head(make: Callable[[], nn
     check_changed_rows(tuned.spt_plan, make_model(kind).state_dict(), merged.state_dict())
 
 
+def test_the_card_s_code_applies_modules_on_projections_that_timm_does_not_call(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 2}
+        return timm.create_model("beit_base_patch16_224", num_classes=5, **sizes).eval()
+
+    images = torch.randn(2, 3, 32, 32)
+    model = make()
+    tuned = inject(model, make_plan("lora", model, rank=2, targets=["q", "v"]))
+    disturb(tuned)
+    save_peft(tuned, tmp_path)
+    code = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0].replace("FOLDER", str(tmp_path))
+    names: dict[str, Any] = {"weights": make().state_dict()}
+    exec(code.replace("...  #", "backbone.load_state_dict(weights)  #"), names)
+    assert torch.allclose(names["model"](images), tuned(images), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(make()(images), tuned(images), atol=0.01)
+
+
 def inject_random(kind: str, seed: int) -> nn.Module:
     """A small model with a random plan, trained a little."""
     model = make_model(kind)
