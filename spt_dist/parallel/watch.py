@@ -309,9 +309,12 @@ class Watch:
             os.write(2, f"rank {self.rank} is at:\n{stack}".encode())
         logger.info("ended with status %d: %s", status, verdict.text)
         sys.stdout.flush()
-        self._hold_store(SECONDS_TO_HEAR)
         if verdict.kind is Kind.LOST:
+            # Who is lost does not hear it; for the others the store is there until this process ends.
+            self._hold_store(SECONDS_TO_TELL)
             time.sleep(SECONDS_FOR_FIRST)
+        else:
+            self._hold_store(SECONDS_TO_HEAR)
         os._exit(status)
 
 

@@ -274,7 +274,7 @@ class Slurm(Cluster):
     def start_host(self, host: str) -> None:
         """Start a host that ``kill_host`` has ended, and its daemon.
 
-        SLURM notices a host's end after 20 to 35 s, and never where the host is back before: the job's other tasks are
+        SLURM notices a host's end after 30 to 55 s, and never where the host is back before: the job's other tasks are
         then waited for.
         """
         super().start_host(host)

@@ -55,7 +55,8 @@ JobRequeue=1
 # Short, so that tests see things happen.
 KillWait=5
 SlurmctldTimeout=10
-SlurmdTimeout=20
+# Above what ranks take to end that don't hear of each other.
+SlurmdTimeout=30
 InactiveLimit=0
 MinJobAge=3600
 # Has to be above five times MessageTimeout, which is ten seconds: else a node may be drained whose controller was cut off.

@@ -349,7 +349,7 @@ def test_a_job_goes_on_after_its_node_was_lost(slurm: Slurm, folder: Path) -> No
     job.wait_for_ranks()
     job.order("end 0", start=1)
     with slurm.cut_off("n2"):
-        slurm.wait_until(job.id, lambda fields: fields["Restarts"] == "1", timeout=90)
+        slurm.wait_until(job.id, lambda fields: fields["Restarts"] == "1", timeout=180)
     slurm.wait_for_nodes()
     job.restart()
     assert job.end()["JobState"] == "COMPLETED"
