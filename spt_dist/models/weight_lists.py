@@ -1,7 +1,7 @@
 """Weights in several files with a list of them, ``NAME.index.json``, as Hugging Face's libraries write large models."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +27,11 @@ def files_of(path: Path) -> list[Path]:
     Raises:
         UserError: a list is not readable, or names what is no file of weights in its own folder, or is not there.
     """
-    if not is_list(path):
-        return [path]
-    names = sorted(set(_read_map(path).values()))
+    return _listed_files(path, _read_map(path)) if is_list(path) else [path]
+
+
+def _listed_files(path: Path, listed: Mapping[str, str]) -> list[Path]:
+    names = sorted(set(listed.values()))
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
         raise UserError(f"{path}: lists {missing[0]}, which is not beside it; get all files that it lists")
@@ -64,8 +66,8 @@ class ListedWeights:
     """
 
     def __init__(self, path: Path, open_file: "Callable[[Path], StoredWeights]") -> None:
-        opened = {part.name: open_file(part) for part in files_of(path)}
         listed = _read_map(path)
+        opened = {part.name: open_file(part) for part in _listed_files(path, listed)}
         held = {(name, file) for file, weights in opened.items() for name in weights.names()}
         if differing := sorted(held ^ set(listed.items())):
             name, file = differing[0]

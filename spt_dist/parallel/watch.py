@@ -136,7 +136,7 @@ class Watch:
         # The store does not answer any more: then everybody tells what he knows.
         verdict = self.verdict or self._proposal
         assert verdict is not None
-        self._hold_store(min(SECONDS_TO_HEAR, _others_stay(verdict) - 1))
+        self._hold_store(max(SECONDS_TO_TELL, min(SECONDS_TO_HEAR, _others_stay(verdict) - 1)))
         with self._lock:
             # The first rank tells of another's mistake, since that one gives it time to find the same.
             tells = not self._told and self.rank == (0 if verdict.kind is Kind.MISTAKE else verdict.author)

@@ -53,11 +53,12 @@ def _take_projection(draft: Draft, wanted: Mapping[str, Shape], block: str) -> N
     num_rows = draft.shapes[weight][0]
     size = num_rows // 3
     runs = {"q": (0, size), "v": (2 * size, num_rows)}
-    is_masked = draft.shapes.get(bias) == draft.shapes.get(mask) == (num_rows,)
-    if is_masked:
+    zeros = {}
+    if draft.shapes.get(bias) == draft.shapes.get(mask) == (num_rows,):
         draft.leave(mask, "takes away the key's bias, which timm's models have not")
-    if is_masked and has_biases(wanted, block):
-        for part, (start, stop) in runs.items():
-            draft.make(f"{block}attn.{part}_bias", [bias], (size,), rows(start, stop), f"rows of {part}")
-        is_masked = False
-    take_projection(draft, block, [weight], {bias: list(runs.values())} if is_masked else {})
+        if has_biases(wanted, block):
+            for part, (start, stop) in runs.items():
+                draft.make(f"{block}attn.{part}_bias", [bias], (size,), rows(start, stop), f"rows of {part}")
+        else:
+            zeros[bias] = list(runs.values())
+    take_projection(draft, block, [weight], zeros)

@@ -53,14 +53,13 @@ def translate(draft: Draft, wanted: Mapping[str, Shape]) -> None:
 
 def _take_part(draft: Draft, wanted: Mapping[str, Shape], block: str, layer: str, own: str) -> None:
     """All weights come with the query's. A key's bias, which no model of timm's has, stays under the file's name."""
-    biases = {part: f"attention.{part}_proj.bias" for part in "qv"}
+    biases = {f"attention.{part}_proj.bias": f"{block}attn.{part}_bias" for part in "qv"}
     if own == _QUERY:
         weights = [layer + f"attention.{part}_proj.weight" for part in "qkv"]
         shape = draft.shapes[layer + own]
         if all(draft.shapes.get(name) == shape for name in weights):
-            zeros = {} if has_biases(wanted, block) else {layer + name: [(0, shape[0])] for name in biases.values()}
-            take_projection(draft, block, weights, {name: zeros[name] for name in zeros if name in draft.shapes})
-    elif has_biases(wanted, block):
-        for part, name in biases.items():
-            if own == name:
-                draft.take(f"{block}attn.{part}_bias", layer + name)
+            unwanted = [] if has_biases(wanted, block) else [layer + name for name in biases]
+            zeros = {name: [(0, shape[0])] for name in unwanted if name in draft.shapes}
+            take_projection(draft, block, weights, zeros)
+    elif own in biases and has_biases(wanted, block):
+        draft.take(biases[own], layer + own)
